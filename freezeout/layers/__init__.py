@@ -1,0 +1,7 @@
+"""Layers: groups of modules and parameters that freeze together, in execution order."""
+
+from .find import find_layers, given_layers
+from .layer import Layer
+from .trace import ExampleInputs, OrderCheck, Trace
+
+__all__ = ["ExampleInputs", "Layer", "OrderCheck", "Trace", "find_layers", "given_layers"]

@@ -1,0 +1,288 @@
+"""`find_layers`: a model's layers in execution order, grouped as a person would group them."""
+
+import warnings
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Iterator, Sequence
+
+from torch import nn
+
+from ..errors import InvalidType, InvalidValue
+from .layer import Layer
+from .trace import ExampleInputs, Stack, Trace, check_order, last_uses
+
+
+def find_layers(model: nn.Module, example_inputs: ExampleInputs = None) -> list[Layer]:
+    """The layers of `model`, in the order in which one forward pass uses them last.
+
+    Args:
+        model: any module. It is run once in evaluation mode and left as it was.
+        example_inputs: what its forward takes: a tensor, a tuple of positional arguments, a
+            mapping of keyword arguments, or the pair (tuple, mapping). A small batch will do.
+            None: the modules' order of definition is taken instead of a forward pass.
+
+    A residual block, dense unit or transformer block is one layer, and so is a convolution with
+    its norm; a norm without a bare neighbour in front goes with what follows, as a final norm
+    with the classifier. A parameter used in several places belongs to the last of them; one
+    owned by no layer's module (class token, position embedding) to the layer that runs next. A
+    module without parameters belongs to the layer executed before it. Parameters that the
+    forward pass never used go with the last layer, with a warning. Every parameter and every
+    module of the model is in exactly one layer.
+
+    Raises:
+        InvalidValue: the model has no parameters, or the forward pass fails.
+    """
+    if not isinstance(model, nn.Module):
+        raise InvalidType(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    if next(model.parameters(), None) is None:
+        raise InvalidValue("the model has no parameters: there is nothing to train or freeze")
+    if example_inputs is None:
+        trace = Trace.of_definition(model)
+    else:
+        trace = Trace.of_forward(model, example_inputs)
+    names = {module: name for name, module in model.named_modules()}
+    units = _Units(model, trace)
+    groups = _grouped(units.in_order(), units)
+    return _layers(model, trace, units, groups, [_name(group, names) for group in groups])
+
+
+def given_layers(
+    model: nn.Module,
+    layers: Sequence[nn.Module | Sequence[nn.Module]],
+    example_inputs: ExampleInputs = None,
+) -> list[Layer]:
+    """Layers from a user's list: each entry a module, or several that freeze together.
+
+    What no entry covers is placed as in `find_layers`, but parameters that nothing places go
+    with the last layer, with a warning.
+
+    Raises:
+        InvalidType: an entry is not a module. InvalidValue: an entry is no part of the model, or
+        stands in two places. LayerOrderError: the order is not that of execution.
+    """
+    groups = [[entry] if isinstance(entry, nn.Module) else list(entry) for entry in layers]
+    names = {module: name for name, module in model.named_modules()}
+    taken: dict[nn.Module, int] = {}
+    for number, group in enumerate(groups):
+        if not group:
+            raise InvalidValue(f"layers[{number}] is empty")
+        for entry in group:
+            if not isinstance(entry, nn.Module):
+                raise InvalidType(f"layers[{number}] holds a {type(entry).__name__}, not a module")
+            if entry not in names:
+                raise InvalidValue(
+                    f"layers[{number}] holds a {type(entry).__name__} that is no part of the model"
+                )
+            for module in entry.modules():
+                if taken.setdefault(module, number) != number:
+                    raise InvalidValue(
+                        f"module {names[module]!r} is in layers[{taken[module]}] and in "
+                        f"layers[{number}]"
+                    )
+    if not groups:
+        raise InvalidValue("layers is empty; pass at least one module")
+    if example_inputs is None:
+        trace = Trace.of_definition(model)
+    else:
+        trace = Trace.of_forward(model, example_inputs)
+    units = _Units(model, trace, [module for group in groups for module in group])
+    result = _layers(model, trace, units, groups, [names[group[0]] or "model" for group in groups])
+    if example_inputs is not None:
+        check_order(result, last_uses(result, trace))
+    return result
+
+
+def _is_list(module: nn.Module) -> bool:
+    """A plain container: its elements count, it computes nothing of its own."""
+    own_forward = type(module).forward not in (nn.Sequential.forward, nn.Module.forward)
+    return isinstance(module, nn.Sequential | nn.ModuleList | nn.ModuleDict) and not own_forward
+
+
+def _weights(module: nn.Module) -> int:
+    """How many modules inside (itself included) own a matrix, a kernel or the like."""
+    return sum(
+        any(p.ndim >= 2 for p in inner.parameters(recurse=False)) for inner in module.modules()
+    )
+
+
+def _holds_stack(module: nn.Module) -> bool:
+    """Whether a list inside holds several blocks of one class: a stage or encoder, no block."""
+    for inner in module.modules():
+        if isinstance(inner, nn.Sequential | nn.ModuleList | nn.ModuleDict):
+            blocks = Counter(
+                type(child)
+                for child in inner.children()
+                if not _is_list(child) and _weights(child) >= 2
+            )
+            if blocks and max(blocks.values()) >= 2:
+                return True
+    return False
+
+
+def _find_units(model: nn.Module) -> Iterator[nn.Module]:
+    """The modules that are never split: leaves with parameters, and blocks. A block is a
+    composite module that holds no stack of blocks and not most of the network's weights."""
+    seen: set[nn.Module] = set()
+    most = _weights(model) / 2
+
+    def visit(module: nn.Module, listed: bool) -> Iterator[nn.Module]:
+        if module in seen or next(module.parameters(), None) is None:
+            return
+        seen.add(module)
+        is_list = _is_list(module)
+        is_leaf = next(module.children(), None) is None
+        if not is_leaf and (
+            module is model
+            or is_list
+            or _holds_stack(module)
+            or (not listed and _weights(module) > most)
+        ):
+            for child in module.children():
+                yield from visit(child, listed=is_list)
+        else:
+            yield module
+
+    return visit(model, listed=False)
+
+
+class _Units:
+    """The unsplit modules, and which of them each parameter and module of the model is part of."""
+
+    def __init__(
+        self, model: nn.Module, trace: Trace, modules: Sequence[nn.Module] | None = None
+    ) -> None:
+        self.modules = list(_find_units(model)) if modules is None else list(modules)
+        # All parameters are the root's own, or those of modules that never ran.
+        self.modules = self.modules or [model]
+        self._set = set(self.modules)
+        self._starts = [(time, m) for time, m in trace.starts if m in self._set]
+        self._last = max(self.modules, key=lambda m: trace.runs.get(m, (-1,))[0])
+        self.parameters: dict[nn.Module, list[nn.Parameter]] = {m: [] for m in self.modules}
+        self.unused: list[str] = []
+        for name, parameter in model.named_parameters():
+            use = trace.uses.get(parameter)
+            if use is None:
+                self.unused.append(name)
+            else:
+                self.parameters[self._user(*use)].append(parameter)
+        self.times = {
+            m: max(trace.uses[p][0] for p in used) for m, used in self.parameters.items() if used
+        }
+        if not self.times:
+            raise InvalidValue("the forward pass on example_inputs used none of the parameters")
+
+    def inside(self, stack: Stack) -> nn.Module | None:
+        """The unit that is running, given the modules that are, or None between units."""
+        return next((module for module in reversed(stack) if module in self._set), None)
+
+    def _user(self, time: int, stack: Stack) -> nn.Module:
+        unit = self.inside(stack)
+        if unit is None:  # used between units: the unit that runs next needs it
+            following = bisect_right(self._starts, time, key=lambda start: start[0])
+            unit = self._starts[following][1] if following < len(self._starts) else self._last
+        return unit
+
+    def in_order(self) -> list[nn.Module]:
+        """Units that have parameters, by the last use of any of them."""
+        return sorted(self.times, key=self.times.__getitem__)
+
+
+def _grouped(ordered: list[nn.Module], units: _Units) -> list[list[nn.Module]]:
+    """Units joined into layers: norms with a neighbour, successive embeddings together."""
+    groups: list[list[nn.Module]] = []
+    waiting: list[nn.Module] = []  # norms in front of the weights that they belong to
+
+    def bare(group: list[nn.Module]) -> bool:
+        return all(_is_leaf(unit) and not _is_norm(unit) for unit in group)
+
+    for unit in ordered:
+        if _is_norm(unit):
+            trained = any(p.requires_grad for p in units.parameters[unit])
+            behind = isinstance(unit, nn.PReLU) or not trained
+            if groups and not waiting and (behind or bare(groups[-1])):
+                groups[-1].append(unit)
+            else:
+                waiting.append(unit)
+        elif (
+            isinstance(unit, nn.Embedding)
+            and groups
+            and not waiting
+            and all(isinstance(other, nn.Embedding) for other in groups[-1])
+        ):
+            groups[-1].append(unit)
+        else:
+            groups.append([*waiting, unit])
+            waiting = []
+    if waiting:
+        groups[-1:] = [[*(groups[-1] if groups else []), *waiting]]
+    return groups
+
+
+def _is_leaf(unit: nn.Module) -> bool:
+    return next(unit.children(), None) is None
+
+
+def _is_norm(unit: nn.Module) -> bool:
+    """A leaf with a scale or shift a channel and no matrix: any norm, PReLU, layer scale."""
+    return _is_leaf(unit) and all(p.ndim <= 1 for p in unit.parameters())
+
+
+def _name(group: list[nn.Module], names: dict[nn.Module, str]) -> str:
+    first = next((unit for unit in group if not _is_norm(unit)), group[0])
+    return names[first] or "model"
+
+
+def _layers(
+    model: nn.Module,
+    trace: Trace,
+    units: _Units,
+    groups: list[list[nn.Module]],
+    names: list[str],
+) -> list[Layer]:
+    """Layers of the groups, with every module and parameter of the model in exactly one."""
+    last = len(groups) - 1
+    number = {unit: i for i, group in enumerate(groups) for unit in group}
+    of_parameter = {
+        parameter: number[unit]
+        for unit, parameters in units.parameters.items()
+        for parameter in parameters
+    }
+    if units.unused:
+        shown = ", ".join(units.unused[:5]) + (", ..." if len(units.unused) > 5 else "")
+        warnings.warn(
+            f"{len(units.unused)} parameters were not used by the forward pass and go with the "
+            f"last layer {names[last]!r}: {shown}",
+            stacklevel=4,
+        )
+    # Modules outside every unit: after the layer that was executed before them.
+    ends = sorted((units.times[unit], number[unit]) for unit in units.times)
+    of_module: dict[nn.Module, int] = {}
+    for unit, i in number.items():
+        for module in unit.modules():
+            user = units.inside(trace.runs[module][1]) if module in trace.runs else unit
+            of_module[module] = number.get(user or unit, i)
+
+    def place(module: nn.Module) -> int:
+        if module in of_module:
+            return of_module[module]
+        if _is_leaf(module) or module in units.parameters:
+            # Without parameters, or with none that are not used again later.
+            if module in trace.runs:
+                before = bisect_right(ends, trace.runs[module][0], key=lambda end: end[0])
+                of_module[module] = max((i for _, i in ends[:before]), default=0)
+            else:
+                of_module[module] = last
+        else:  # a container ends where the last of its parts does
+            parts = [place(child) for child in module.children()]
+            parts += [of_parameter.get(p, last) for p in module.parameters(recurse=False)]
+            of_module[module] = max(parts)
+        return of_module[module]
+
+    return [
+        Layer(
+            name,
+            (module for module in model.modules() if place(module) == i),
+            (p for p in model.parameters() if of_parameter.get(p, last) == i),
+        )
+        for i, name in enumerate(names)
+    ]

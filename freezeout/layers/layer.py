@@ -1,0 +1,119 @@
+"""`Layer`: modules and parameters that freeze together, and what freezing does to them."""
+
+from collections.abc import Iterable
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+from torch.utils.hooks import RemovableHandle
+
+
+class Layer:
+    """A group of modules and parameters that freeze together.
+
+    Attributes:
+        name: path of the layer's first module that has weights, as in `named_modules()`.
+        modules: every module that goes into evaluation mode with the layer, outermost first.
+        parameters: every parameter that stops being trained with it. A parameter shared with
+            a later layer is that layer's, so a module here may own parameters that are not.
+    """
+
+    def __init__(
+        self, name: str, modules: Iterable[nn.Module], parameters: Iterable[nn.Parameter]
+    ) -> None:
+        self.name = name
+        self.modules = tuple(modules)
+        self.parameters = tuple(parameters)
+        # While frozen: the parameters that were trained until then, and the hooks' handles.
+        self._stopped: tuple[nn.Parameter, ...] = ()
+        self._handles: list[RemovableHandle] = []
+        self.is_frozen = False
+
+    def __repr__(self) -> str:
+        count = sum(p.numel() for p in self.parameters)
+        return f"Layer({self.name!r}, {len(self.modules)} modules, {count:,} parameters)"
+
+    @property
+    def outermost(self) -> tuple[nn.Module, ...]:
+        """The modules that are no child of another module of this layer."""
+        children = {child for module in self.modules for child in module.children()}
+        return tuple(module for module in self.modules if module not in children)
+
+    def freeze(self) -> None:
+        """Take the layer out of training; nothing happens if it is out already.
+
+        Its parameters require no gradient and lose the one they hold; its modules are in
+        evaluation mode *for good*: `train()` on them, on a parent or on a deep or pickled copy
+        does not wake them. What comes in and goes out of them is detached, so that no gradient
+        passes and no autograd node is made, even where an input requires a gradient or a
+        weight shared with a later layer is still trained.
+        """
+        if self.is_frozen:
+            return
+        self._stopped = tuple(p for p in self.parameters if p.requires_grad)
+        for parameter in self.parameters:
+            parameter.requires_grad_(False)
+            parameter.grad = None
+        for module in self.modules:
+            module.training = False
+            # In the instance's dictionary, where copies and pickles of the model keep it.
+            module.__dict__["train"] = partial(_stay_in_evaluation, module)
+        for module in self.outermost:
+            self._handles += [
+                module.register_forward_pre_hook(_detach_inputs, with_kwargs=True),
+                module.register_forward_hook(_detach_output),
+            ]
+        self.is_frozen = True
+
+    def unfreeze(self, training: bool) -> None:
+        """Undo `freeze()`: parameters require gradients again where they did before it, and the
+        modules are put in training or evaluation mode."""
+        if not self.is_frozen:
+            return
+        for parameter in self._stopped:
+            parameter.requires_grad_(True)
+        for handle in self._handles:
+            handle.remove()
+        for module in self.modules:
+            del module.__dict__["train"]
+            module.training = training
+        self._stopped, self._handles, self.is_frozen = (), [], False
+
+
+def merged(name: str, layers: Iterable[Layer]) -> Layer:
+    """One layer of several, under the name given."""
+    layers = list(layers)
+    return Layer(
+        name,
+        (module for layer in layers for module in layer.modules),
+        (parameter for layer in layers for parameter in layer.parameters),
+    )
+
+
+# Module-level functions, not closures or methods: copies and pickles of the model must carry
+# them without carrying a Layer.
+
+
+def _stay_in_evaluation(module: nn.Module, mode: bool = True) -> nn.Module:
+    """Stands in for a frozen module's `train`: children that are not frozen still follow."""
+    module.training = False
+    for child in module.children():
+        child.train(mode)
+    return module
+
+
+def _detach(value: Any) -> Any:
+    if isinstance(value, Tensor):  # by far the most frequent case
+        return value.detach() if value.requires_grad else value
+    return tree_map_only(Tensor, Tensor.detach, value)
+
+
+def _detach_inputs(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    return tuple(_detach(arg) for arg in args), {k: _detach(v) for k, v in kwargs.items()}
+
+
+def _detach_output(module: nn.Module, args: Any, output: Any) -> Any:
+    return _detach(output)

@@ -1,0 +1,221 @@
+"""When each module runs and each parameter is used: one forward pass, recorded."""
+
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.hooks import RemovableHandle
+
+from ..errors import InvalidValue, LayerOrderError
+
+if TYPE_CHECKING:
+    from .layer import Layer
+
+# A tensor or any other single argument; a tuple of positional arguments; a mapping of keyword
+# arguments; or the pair (tuple, mapping).
+ExampleInputs = Any
+Stack = tuple[nn.Module, ...]
+
+
+class Trace:
+    """The last run of each module and the last use of each parameter, on one clock.
+
+    Attributes:
+        runs: for each module that ran, the time at which its last run started and the modules
+            running then, outermost first, itself included.
+        uses: for each parameter used, the time of its last use and the modules running then. A
+            use is an operation that takes the parameter, wherever it is called from.
+        starts: every (time, module) at which a module started to run.
+    """
+
+    def __init__(self) -> None:
+        self.runs: dict[nn.Module, tuple[int, Stack]] = {}
+        self.uses: dict[nn.Parameter, tuple[int, Stack]] = {}
+        self.starts: list[tuple[int, nn.Module]] = []
+        self._time = 0
+        self._running: list[nn.Module] = []
+
+    @classmethod
+    def of_forward(cls, model: nn.Module, example_inputs: ExampleInputs) -> "Trace":
+        """Record `model` on `example_inputs`, in evaluation mode, leaving no mark on it: modes,
+        buffers, random state and gradients are as before."""
+        trace = cls()
+        args, kwargs = call_arguments(example_inputs)
+        with _undisturbed(model), trace._listening(model):
+            try:
+                model(*args, **kwargs)
+            except Exception as error:
+                cause = str(error).strip().partition("\n")[0]
+                raise InvalidValue(
+                    "the forward pass on example_inputs failed with "
+                    f"{type(error).__name__}: {cause}"
+                ) from error
+        return trace
+
+    @classmethod
+    def of_definition(cls, model: nn.Module) -> "Trace":
+        """What a forward pass that runs every module once, as defined, would record."""
+        trace = cls()
+        trace._define(model)
+        return trace
+
+    def _define(self, module: nn.Module) -> None:
+        self._start(module)
+        for parameter in module.parameters(recurse=False):
+            self._use(parameter)
+        for child in module.children():
+            self._define(child)
+        self._running.pop()
+
+    def _start(self, module: nn.Module) -> None:
+        self._time += 1
+        self._running.append(module)
+        self.runs[module] = (self._time, tuple(self._running))
+        self.starts.append((self._time, module))
+
+    def _use(self, parameter: nn.Parameter) -> None:
+        self._time += 1
+        self.uses[parameter] = (self._time, tuple(self._running))
+
+    @contextmanager
+    def _listening(self, model: nn.Module) -> Iterator[None]:
+        def before(module: nn.Module, args: object) -> None:
+            self._start(module)
+
+        def after(module: nn.Module, args: object, output: object) -> None:
+            self._running.pop()
+
+        handles: list[RemovableHandle] = []
+        try:
+            for module in model.modules():
+                handles.append(module.register_forward_pre_hook(before, prepend=True))
+                handles.append(module.register_forward_hook(after, always_call=True))
+            with _UseListener(self, set(model.parameters())):
+                yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+class _UseListener(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Tells a trace of every operation that takes one of the parameters."""
+
+    def __init__(self, trace: Trace, parameters: set[nn.Parameter]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._trace, self._parameters = trace, parameters
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for value in tree_leaves((args, kwargs)):
+            if isinstance(value, nn.Parameter) and value in self._parameters:
+                self._trace._use(value)
+        return func(*args, **(kwargs or {}))
+
+
+def call_arguments(example_inputs: ExampleInputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Positional and keyword arguments of a call, from the forms `example_inputs` may take."""
+    match example_inputs:
+        case (tuple() as args, Mapping() as kwargs):
+            return args, dict(kwargs)
+        case tuple():
+            return example_inputs, {}
+        case Mapping():
+            return (), dict(example_inputs)
+        case _:
+            return (example_inputs,), {}
+
+
+@contextmanager
+def _undisturbed(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside; modes, buffers and random state as before afterwards."""
+    modes = {module: module.training for module in model.modules()}
+    buffers = [(buffer, buffer._version, buffer.clone()) for buffer in model.buffers()]
+    devices = {p.device for p in model.parameters() if p.device.type not in ("cpu", "meta")}
+    with ExitStack() as stack:
+        for kind in {device.type for device in devices} or {"cpu"}:
+            numbers = [d.index for d in devices if d.type == kind]
+            stack.enter_context(
+                torch.random.fork_rng(numbers, device_type=kind if kind != "cpu" else "cuda")
+            )
+        # A compiled module would run its graph, or compile one, unseen by the listener.
+        compiled = "torch._dynamo" in sys.modules
+        stack.enter_context(torch.compiler.set_stance("force_eager") if compiled else nullcontext())
+        stack.enter_context(torch.enable_grad())
+        try:
+            model.eval()
+            yield
+        finally:
+            for module, training in modes.items():
+                module.training = training
+            with torch.no_grad():
+                for buffer, version, value in buffers:
+                    if buffer._version != version:
+                        buffer.copy_(value)
+
+
+def last_uses(layers: "Sequence[Layer]", trace: Trace) -> list[int | None]:
+    """For each layer the time of the last use of any of its trained parameters."""
+    return [
+        max((trace.uses[p][0] for p in layer.parameters if p in trace.uses), default=None)
+        for layer in layers
+    ]
+
+
+def check_order(layers: "Sequence[Layer]", times: Sequence[int | None]) -> None:
+    """Raise `LayerOrderError` unless the layers' last uses come in the layers' order."""
+    used = [(time, layer) for time, layer in zip(times, layers, strict=True) if time is not None]
+    for (time, layer), (next_time, next_layer) in pairwise(used):
+        if next_time < time:
+            order = ", ".join(layer.name for _, layer in sorted(used, key=lambda pair: pair[0]))
+            raise LayerOrderError(
+                f"layer {next_layer.name!r} is listed after {layer.name!r} but runs before it, "
+                "so freezing in that order would save nothing; pass example_inputs=, or layers= "
+                f"in the order of execution: {order}"
+            )
+
+
+class OrderCheck:
+    """Checks the layers' order once, in the model's first training forward, then goes away."""
+
+    def __init__(self, model: nn.Module, layers: "Sequence[Layer]") -> None:
+        self._layers = layers
+        self._time = 0
+        self._last_run: dict[Tensor, int] = {}
+        self._handles = [
+            module.register_forward_pre_hook(self._before)
+            for module in model.modules()
+            if module is not model and next(module.parameters(recurse=False), None) is not None
+        ]
+        self._handles.append(model.register_forward_hook(self._after))
+
+    def _before(self, module: nn.Module, args: object) -> None:
+        self._time += 1
+        for parameter in module.parameters(recurse=False):
+            self._last_run[parameter] = self._time
+
+    def _after(self, model: nn.Module, args: object, output: object) -> None:
+        if not (model.training and torch.is_grad_enabled()):
+            self._last_run.clear()
+            return
+        self.remove()
+        check_order(
+            self._layers,
+            [
+                max(
+                    (self._last_run[p] for p in layer.parameters if p in self._last_run),
+                    default=None,
+                )
+                for layer in self._layers
+            ],
+        )
+
+    def remove(self) -> None:
+        """Stop checking."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()

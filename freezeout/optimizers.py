@@ -1,0 +1,208 @@
+"""An optimizer whose groups are split by layer for the duration of each step.
+
+The user's optimizer keeps its own `param_groups` and `state_dict`: learning-rate schedulers,
+checkpoints and training frameworks see nothing else. Only inside `optimizer.step()` do groups
+stand in their place that hold one layer's parameters each, with the group's own options and
+`lr * factor`, and no frozen parameters.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import wraps
+from types import MethodType
+from typing import Any
+from weakref import WeakSet
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from .errors import InvalidType, InvalidValue
+
+Group = dict[str, Any]
+
+_ATTACHED: WeakSet[Optimizer] = WeakSet()
+
+
+def check_optimizers(optimizers: Optimizer | Iterable[Optimizer]) -> tuple[Optimizer, ...]:
+    """The optimizers as a tuple, or an error that names the one that cannot be split."""
+    if isinstance(optimizers, Optimizer):
+        optimizers = (optimizers,)
+    elif not isinstance(optimizers, Iterable):
+        raise InvalidType(
+            f"optimizer must be a torch optimizer or a list of them, got {optimizers!r}"
+        )
+    checked = tuple(optimizers)
+    if not checked:
+        raise InvalidValue("the list of optimizers is empty")
+    for optimizer in checked:
+        name = type(optimizer).__name__
+        if not isinstance(optimizer, Optimizer):
+            raise InvalidType(f"optimizer must be a torch optimizer, got {name}")
+        if isinstance(optimizer, torch.optim.LBFGS):
+            raise InvalidType(
+                "LBFGS cannot be used with FreezeOut: it keeps one flat history over all "
+                "parameters and takes a missing gradient for zero"
+            )
+        if name == "ZeroRedundancyOptimizer":
+            raise InvalidType(
+                "ZeroRedundancyOptimizer cannot be used with FreezeOut: it keeps its own copy of "
+                "the groups; FSDP2 (torch.distributed.fsdp.fully_shard) shards optimizer state too"
+            )
+        if optimizer in _ATTACHED:
+            raise InvalidValue(
+                f"another FreezeOut already drives this {name}; call its release() first"
+            )
+    if len(set(checked)) != len(checked):
+        raise InvalidValue("the same optimizer is listed twice")
+    return checked
+
+
+class SplitOptimizer:
+    """Splits one optimizer's groups by layer in every step.
+
+    Args:
+        optimizer: the user's.
+        layer_of: number of each model parameter's layer. Parameters that the optimizer holds
+            beside them (a loss's, say) are trained as the last layer's are.
+        factors: gives each layer's learning-rate multiplier, now.
+        num_frozen: gives how many layers, from the first, are frozen now.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        layer_of: Mapping[nn.Parameter, int],
+        factors: Callable[[], Sequence[float]],
+        num_frozen: Callable[[], int],
+    ) -> None:
+        self.optimizer = optimizer
+        self._layer_of, self._factors, self._num_frozen = layer_of, factors, num_frozen
+        self._last = max(layer_of.values())
+        # The user's groups while split ones stand in their place, else None.
+        self._visible: list[Group] | None = None
+        self._split: list[tuple[int, Group]] = []  # (layer, split group), flat
+        self._origin: list[Group] = []  # the user's group of each split group
+        self._key: object = None  # what the split groups were made from
+        self._handles = [
+            optimizer.register_step_pre_hook(self._before),
+            optimizer.register_step_post_hook(self._after),
+            optimizer.register_load_state_dict_post_hook(self._loaded),
+        ]
+        self._own_step = optimizer.__dict__.get("step")
+        optimizer.step = MethodType(self._restoring(optimizer.step), optimizer)  # type: ignore[method-assign]
+        _ATTACHED.add(optimizer)
+
+    def base_rates(self) -> Iterator[tuple[int, float]]:
+        """(layer, learning rate of its group before the layer's factor), for each pair of
+        layer and group."""
+        for group in self.optimizer.param_groups:
+            for layer in {self._layer(parameter) for parameter in group["params"]}:
+                yield layer, float(group["lr"])
+
+    def drop_state(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Forget momenta and the like of parameters that are no longer trained."""
+        for parameter in parameters:
+            self.optimizer.state.pop(parameter, None)
+
+    def detach(self) -> None:
+        """Give the optimizer back as it was."""
+        self._restore()
+        for handle in self._handles:
+            handle.remove()
+        # A scheduler built since may have wrapped our step; then it stays, and does nothing.
+        step = self.optimizer.__dict__.get("step")
+        if isinstance(step, MethodType) and getattr(step.__func__, "splits", None) is self:
+            del self.optimizer.__dict__["step"]
+            if self._own_step is not None:
+                self.optimizer.__dict__["step"] = self._own_step
+        _ATTACHED.discard(self.optimizer)
+
+    def _layer(self, parameter: nn.Parameter) -> int:
+        return self._layer_of.get(parameter, self._last)
+
+    def _restoring(self, step: Callable[..., Any]) -> Callable[..., Any]:
+        """`step`, which on an exception, when post-hooks do not run, puts the groups back."""
+
+        # Keeps the marks that learning-rate schedulers leave on the function.
+        @wraps(step)
+        def restoring(optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
+            try:
+                return step(*args, **kwargs)
+            except BaseException:
+                self._restore()
+                raise
+
+        restoring.splits = self  # type: ignore[attr-defined]
+        return restoring
+
+    def _restore(self) -> None:
+        if self._visible is not None:
+            self.optimizer.param_groups, self._visible = self._visible, None
+
+    def _before(
+        self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        factors = self._factors()
+        groups = optimizer.param_groups
+        self._refresh(groups)
+        for (layer, split), group in zip(self._split, self._origin, strict=True):
+            params = split["params"]
+            split.update(group)
+            split["params"] = params
+            split["lr"] = group["lr"] * factors[layer]
+        self._visible = groups
+        optimizer.param_groups = [split for _, split in self._split]
+        # args[0] is the optimizer: the hook sees the arguments of the unbound method.
+        return tuple(map(self._outside, args)), {k: self._outside(v) for k, v in kwargs.items()}
+
+    def _outside(self, argument: Any) -> Any:
+        """A closure sees the user's groups, as it would without FreezeOut."""
+        if not callable(argument) or isinstance(argument, Optimizer):
+            return argument
+
+        @wraps(argument)
+        def closure(*args: Any, **kwargs: Any) -> Any:
+            split = self.optimizer.param_groups
+            visible = self._visible
+            self._restore()
+            result = argument(*args, **kwargs)
+            self.optimizer.param_groups, self._visible = split, visible
+            return result
+
+        return closure
+
+    def _after(self, optimizer: Optimizer, args: object, kwargs: object) -> None:
+        factors = self._factors()
+        for (layer, split), group in zip(self._split, self._origin, strict=True):
+            for key, value in split.items():
+                if key == "params" or value is group.get(key):
+                    continue
+                if key != "lr":
+                    group[key] = value
+                elif factors[layer] and value != group["lr"] * factors[layer]:
+                    group["lr"] = value / factors[layer]
+        self._restore()
+
+    def _refresh(self, groups: list[Group]) -> None:
+        """Make the split groups again if the user's groups or the frozen layers have changed."""
+        num_frozen = self._num_frozen()
+        key = num_frozen, [(id(group), len(group["params"])) for group in groups]
+        if key == self._key:
+            return
+        self._split, self._origin = [], []
+        for group in groups:
+            parts: dict[int, list[nn.Parameter]] = {}
+            for parameter in group["params"]:
+                layer = self._layer(parameter)
+                if layer >= num_frozen:
+                    parts.setdefault(layer, []).append(parameter)
+            for layer, parameters in sorted(parts.items()):
+                self._split.append((layer, {**group, "params": parameters}))
+                self._origin.append(group)
+        self._key = key
+
+    def _loaded(self, optimizer: Optimizer) -> None:
+        """A checkpoint from before a freeze may bring back what the freeze dropped."""
+        self._key = None
+        num_frozen = self._num_frozen()
+        self.drop_state(p for p, layer in self._layer_of.items() if layer < num_frozen)
