@@ -1,0 +1,5 @@
+"""`python -m freezeout` is the command `freezeout`."""
+
+from .cli import main
+
+main()

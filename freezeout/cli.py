@@ -1,0 +1,71 @@
+"""The command `freezeout`."""
+
+import sys
+import warnings
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import Annotated
+
+from .errors import FreezeOutError, InvalidValue
+
+try:
+    import tyro
+
+    from .lab.config import TrainConfig
+except ImportError as error:  # the extra is not installed
+    sys.exit(f"freezeout: {error}; the command needs: pip install 'freezeout[lab]'")
+
+
+def train(
+    config: Annotated[TrainConfig, tyro.conf.arg(name="")],
+    resume: Path | None = None,
+) -> None:
+    """Train one network, with FreezeOut or without, into one run folder.
+
+    Without options this is the paper's default run: DenseNet-BC-76 on CIFAR-100, 100 epochs. With
+    --resume, all options come from the folder.
+
+    Args:
+        config: the run.
+        resume: Go on with the run in this folder, with the configuration it has.
+    """
+    from .lab import train as lab  # torch is loaded here, not for --help
+
+    if resume is None:
+        lab.train(config)
+        return
+    default = TrainConfig()
+    given = [f.name for f in fields(config) if getattr(config, f.name) != getattr(default, f.name)]
+    if given:
+        option = "--" + given[0].replace("_", "-")
+        raise InvalidValue(f"--resume takes the folder's own configuration; leave out {option}")
+    lab.resume(resume)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the command. Exit status: 0 done, 2 for a mistake in what it was given (one line says
+    which), 128 + the signal's number when stopped."""
+    app = tyro.extras.SubcommandApp()
+    commands: list[Callable[..., None]] = [train]
+    for command in commands:
+        app.command(command)
+    warnings.showwarning = _show_warning
+    try:
+        app.cli(prog="freezeout", args=argv)
+    except (FreezeOutError, OSError) as error:
+        line = " ".join(str(error).split())
+        print(f"freezeout: {line}", file=sys.stderr)
+        signal = getattr(error, "signal", None)
+        sys.exit(2 if signal is None else 128 + signal)
+    except KeyboardInterrupt:
+        print("freezeout: interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def _show_warning(message: Warning | str, *where: object, **more: object) -> None:
+    print(f"freezeout: warning: {message}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

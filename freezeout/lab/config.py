@@ -1,0 +1,136 @@
+"""`TrainConfig`: the options of one training run. Torch is not imported here, so that the command
+line answers at once."""
+
+import math
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from ..errors import CheckpointError, InvalidType, InvalidValue
+from ..schedule import HowScale, Schedule, whole_number
+
+PRECISIONS = ("auto", "fp32", "bf16")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Train one network, with FreezeOut or without, into one run folder.
+
+    Without options this is the paper's default run: DenseNet-BC-76 on CIFAR-100, 100 epochs.
+    """
+
+    model: str = "densenet"
+    """densenet, wrn, vgg, or timm:NAME where timm is installed."""
+    depth: int | None = None
+    """Layers of the network: 76 for densenet, 40 for wrn, 16 for vgg if not given."""
+    growth: int | None = None
+    """densenet: channels that a unit adds (12 if not given)."""
+    widen_factor: int | None = None
+    """wrn: width multiplier (4 if not given)."""
+    dropout: float = 0.0
+    """Dropout probability inside the network's blocks."""
+    dataset: str = "cifar100"
+    """cifar10, cifar100 (downloaded once), or digits (built in)."""
+    data_dir: Path | None = None
+    """Folder that holds CIFAR's binary files or archive; nothing is downloaded then."""
+    validate: str = "valid"
+    """What the error is measured on: valid (the last 5,000 training images, kept out of
+    training), test, or none."""
+    augment: bool = True
+    """Random crops, and flips where a mirror image keeps its meaning."""
+    epochs: int = 100
+    """Passes over the training images."""
+    steps: int | None = None
+    """Stop after this many steps in place of whole epochs; schedules end there too."""
+    batch_size: int = 50
+    """Images a step."""
+    lr: float = 0.1
+    """Base learning rate, before each layer's factor."""
+    weight_decay: float = 1e-4
+    """L2 penalty on every parameter."""
+    momentum: float = 0.9
+    """Nesterov momentum."""
+    freezeout: bool = True
+    """Freeze layers; --no-freezeout trains all to the end, with cosine annealing."""
+    t_0: float = 0.8
+    """When the first layer freezes, as a fraction of the run before --how-scale's power."""
+    how_scale: str = "cubic"
+    """linear, squared or cubic: the power that freeze times are raised to."""
+    scale_lr: bool = True
+    """Start early layers at higher rates, so that every layer's rates have the same sum."""
+    const_time: bool = False
+    """Train more epochs, so that the predicted time equals that of a run without freezing."""
+    seed: int = 0
+    """Seed of the weights, the order of images and their augmentation."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, mps; auto takes the first accelerator, else the CPU."""
+    precision: str = "auto"
+    """fp32, bf16, or auto: bf16 where the device computes it natively."""
+    tensorboard: bool = False
+    """Also write TensorBoard files into the run folder."""
+    out: Path | None = None
+    """Run folder, which must not exist (runs/MODEL-DATASET-SCHEDULE-seedN if not given)."""
+
+    def check(self) -> None:
+        """Raise InvalidValue or InvalidType for the first value that is not allowed."""
+        for name in ("epochs", "batch_size"):
+            whole_number(name, getattr(self, name))
+        whole_number("seed", self.seed, minimum=0)
+        if self.steps is not None:
+            whole_number("steps", self.steps)
+        _check_number("lr", self.lr, 0, math.inf, above=True)
+        _check_number("weight_decay", self.weight_decay, 0, math.inf)
+        _check_number("momentum", self.momentum, 0, 1)
+        _check_number("dropout", self.dropout, 0, 1)
+        if self.precision not in PRECISIONS:
+            raise InvalidValue(
+                f"precision must be one of {', '.join(PRECISIONS)}, got {self.precision!r}"
+            )
+        _ = self.schedule
+        if self.const_time and (not self.freezeout or self.steps is not None):
+            raise InvalidValue("const_time needs freezeout and whole epochs, not steps")
+
+    @property
+    def schedule(self) -> Schedule:
+        """The schedule that the options describe; without FreezeOut plain cosine annealing."""
+        how_scale: HowScale = self.how_scale  # type: ignore[assignment]  # Schedule checks it
+        schedule = Schedule(self.t_0, how_scale, self.scale_lr)
+        return schedule if self.freezeout else Schedule(t_0=1)
+
+    @property
+    def folder(self) -> Path:
+        """The run folder: `out`, or a name made of what tells runs apart."""
+        if self.out is not None:
+            return self.out
+        size = "".join(f"-{n}" for n in (self.depth, self.growth, self.widen_factor) if n)
+        if self.freezeout:
+            strategy = f"{self.how_scale}-{self.t_0:g}" + ("" if self.scale_lr else "-unscaled")
+        else:
+            strategy = "baseline"
+        model = self.model.replace("timm:", "").replace("/", "-")
+        return Path("runs") / f"{model}{size}-{self.dataset}-{strategy}-seed{self.seed}"
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values; `from_json` reads them back."""
+        return {k: str(v) if isinstance(v, Path) else v for k, v in asdict(self).items()}
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> "TrainConfig":
+        """The configuration that `to_json` wrote. CheckpointError if it is another's."""
+        names = {field.name for field in fields(cls)}
+        if set(values) != names:
+            odd = sorted(set(values) ^ names)[0]
+            raise CheckpointError(
+                f"the run's configuration {'lacks' if odd in names else 'has'} {odd!r}: it was "
+                "written by another version"
+            )
+        paths = {k: Path(values[k]) for k in ("data_dir", "out") if values[k] is not None}
+        return cls(**(values | paths))
+
+
+def _check_number(name: str, value: object, low: float, high: float, above: bool = False) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise InvalidType(f"{name} must be a number, got {value!r}")
+    if not (low < value if above else low <= value) or not value < high:  # NaN fails too
+        bracket = "(" if above else "["
+        raise InvalidValue(f"{name} must be in {bracket}{low:g}, {high:g}), got {value}")

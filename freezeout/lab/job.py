@@ -1,0 +1,216 @@
+"""`Job`: the parts of a run, made from its configuration alone: data, model, optimizer, loss."""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim import SGD
+
+from ..cost import run_cost
+from ..freezer import FreezeOut
+from ..profile import measure_step_costs
+from .config import TrainConfig
+from .data import ImageData, batches, eval_batches, load_data, num_batches
+from .device import choose_device, choose_precision, hardware, versions
+from .models import build_model, model_layers
+
+_EVAL_BATCH = 500
+
+
+@dataclass
+class Sums:
+    """Sums over the images of an epoch so far, on the device, and the time they took."""
+
+    loss: Tensor  # float64
+    wrong: Tensor  # int64
+    images: int
+    seconds: float  # of training alone
+    step_seconds: list[float]
+
+    @classmethod
+    def empty(cls, device: torch.device) -> "Sums":
+        wide = torch.float64 if device.type != "mps" else torch.float32
+        zero = torch.zeros((), device=device)
+        return cls(zero.to(wide), zero.to(torch.int64), 0, 0.0, [])
+
+    def add(self, loss: Tensor, logits: Tensor, y: Tensor) -> None:
+        self.loss += loss.detach() * len(y)
+        self.wrong += (logits.detach().argmax(1) != y).sum()
+        self.images += len(y)
+
+    def means(self) -> tuple[float, float]:
+        """Loss and error per image."""
+        return self.loss.item() / self.images, self.wrong.item() / self.images
+
+
+class Job:
+    """The parts of one run, made from its configuration alone."""
+
+    def __init__(self, config: TrainConfig) -> None:
+        config.check()
+        self.config = config
+        self.device = choose_device(config.device)
+        self.precision = choose_precision(config.precision, self.device)
+        self.data: ImageData = load_data(
+            config.dataset,
+            data_dir=config.data_dir,
+            validate=config.validate,
+            device=self.device,
+        )
+        self.steps_per_epoch = num_batches(len(self.data.train_labels), config.batch_size)
+        # Faster than NCHW on recent CPUs and on tensor cores.
+        self.channels_last = self.device.type in ("cpu", "cuda")
+        torch.manual_seed(config.seed)
+        model = build_model(
+            config.model,
+            num_classes=self.data.num_classes,
+            depth=config.depth,
+            growth=config.growth,
+            widen_factor=config.widen_factor,
+            dropout=config.dropout,
+        )
+        memory_format = torch.channels_last if self.channels_last else torch.contiguous_format
+        self.model = model.to(self.device, memory_format=memory_format)  # type: ignore[call-overload]
+
+    def plan(self) -> tuple[int, list[float] | None]:
+        """How many epochs to train, and the measured seconds a step that say so, if they do."""
+        config = self.config
+        if config.steps is not None:
+            return -(-config.steps // self.steps_per_epoch), None
+        if not config.const_time:
+            return config.epochs, None
+        costs = self.step_costs()
+        ordinary = costs[0] * config.epochs * self.steps_per_epoch
+
+        def predicted(epochs: int) -> float:
+            steps = epochs * self.steps_per_epoch
+            return run_cost(costs, config.schedule.freeze_steps(len(costs), steps), steps)
+
+        # The cost is all but proportional to the length, so the ratio is within an epoch of it.
+        guess = round(config.epochs * ordinary / predicted(config.epochs))
+        candidates = range(max(1, guess - 2), guess + 3)
+        return min(candidates, key=lambda epochs: abs(predicted(epochs) - ordinary)), costs
+
+    def step_costs(self) -> list[float]:
+        """Seconds of one training step at each depth, measured on a copy of the model."""
+        scratch = deepcopy(self.model).train()
+        optimizer = self.optimizer(scratch)
+        freezer = self.freezer(scratch, optimizer, total_steps=1)
+        x, y = next(self.batches(epoch=0, start=0))
+
+        def step() -> None:
+            self.loss(scratch, x, y)[0].backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            optimizer.zero_grad()
+
+        generator = torch.get_rng_state()
+        try:
+            return measure_step_costs(step, freezer.layers, device=self.device)
+        finally:
+            torch.set_rng_state(generator)
+
+    def total_steps(self, epochs: int) -> int:
+        """Steps of the whole run."""
+        return self.config.steps or epochs * self.steps_per_epoch
+
+    def optimizer(self, model: nn.Module) -> SGD:
+        """The paper's: SGD with Nesterov momentum and weight decay on every parameter."""
+        config = self.config
+        return SGD(
+            model.parameters(),
+            lr=config.lr,
+            momentum=config.momentum,
+            nesterov=config.momentum > 0,
+            weight_decay=config.weight_decay,
+            fused=self.device.type in ("cpu", "cuda"),
+        )
+
+    def freezer(self, model: nn.Module, optimizer: SGD, total_steps: int) -> FreezeOut:
+        """FreezeOut over the model's own layers, or over those that a forward pass finds."""
+        layers = model_layers(model)
+        example = None if layers is not None else next(self.batches(epoch=0, start=0))[0][:2]
+        return FreezeOut(
+            model,
+            optimizer,
+            total_steps,
+            schedule=self.config.schedule,
+            layers=layers,
+            example_inputs=example,
+        )
+
+    def batches(self, epoch: int, start: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Training batches of an epoch, from batch number `start`."""
+        data = self.data
+        return batches(
+            data.train_images,
+            data.train_labels,
+            batch_size=self.config.batch_size,
+            seed=self.config.seed,
+            epoch=epoch,
+            mean=data.mean,
+            std=data.std,
+            augment=self.config.augment,
+            flip=data.flip,
+            start=start,
+            channels_last=self.channels_last,
+        )
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """bf16 for matrix products and convolutions, where the run's precision is bf16."""
+        if self.precision == "fp32":
+            return nullcontext()
+        return torch.autocast(self.device.type, torch.bfloat16)
+
+    def loss(self, model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Cross-entropy, mean over the batch, and the logits (batch, classes)."""
+        with self.autocast():
+            logits = model(x)
+        return F.cross_entropy(logits.float(), y), logits
+
+    def description(self, epochs: int, costs: list[float] | None) -> dict[str, Any]:
+        """`config.json`: everything needed to repeat the run."""
+        return {
+            "config": self.config.to_json(),
+            "resolved": {
+                "epochs": epochs,
+                "total_steps": self.total_steps(epochs),
+                "training_images": len(self.data.train_labels),
+                "parameters": sum(p.numel() for p in self.model.parameters()),
+                "device": str(self.device),
+                "precision": self.precision,
+                "memory_format": "channels_last" if self.channels_last else "contiguous",
+                "step_costs_seconds": costs,
+            },
+            "hardware": hardware(self.device),
+            "versions": versions(),
+        }
+
+    def evaluate(self, between: Callable[[], None]) -> tuple[float, float] | None:
+        """Loss and error per held-out image; None if nothing is held out."""
+        images, labels = self.data.heldout_images, self.data.heldout_labels
+        if images is None or labels is None:
+            return None
+        sums = Sums.empty(self.device)
+        self.model.eval()
+        with torch.no_grad():
+            for x, y in eval_batches(
+                images,
+                labels,
+                batch_size=_EVAL_BATCH,
+                mean=self.data.mean,
+                std=self.data.std,
+                channels_last=self.channels_last,
+            ):
+                between()
+                sums.add(*self.loss(self.model, x, y), y)
+        return sums.means()
+
+    def wait(self) -> None:
+        """Until the device has done what it was given."""
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize(self.device)

@@ -1,0 +1,115 @@
+"""A run's folder: `config.json`, `metrics.jsonl`, `checkpoint.pt`, `model.safetensors`.
+
+Each file is written under a temporary name and renamed: whoever reads it, after a crash too,
+finds the old content or the new one.
+"""
+
+import io
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save
+from torch import nn
+
+from ..errors import CheckpointError, InvalidValue
+
+CONFIG, METRICS, CHECKPOINT, WEIGHTS = (
+    "config.json",
+    "metrics.jsonl",
+    "checkpoint.pt",
+    "model.safetensors",
+)
+
+
+class RunFolder:
+    """The files of one run, at `path`."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @staticmethod
+    def refuse_existing(path: Path) -> None:
+        """InvalidValue if something of that name exists."""
+        if path.exists():
+            raise InvalidValue(
+                f"run folder {path} exists; go on with --resume {path}, or choose another "
+                "with --out"
+            )
+
+    @classmethod
+    def create(cls, path: Path) -> "RunFolder":
+        """A new folder. InvalidValue if something of that name exists."""
+        cls.refuse_existing(path)
+        path.mkdir(parents=True)
+        return cls(path)
+
+    @classmethod
+    def existing(cls, path: Path) -> "RunFolder":
+        """The folder of a run that was started. CheckpointError if it is none."""
+        if not (path / CONFIG).is_file():
+            raise CheckpointError(f"{path} is no run folder: it has no {CONFIG}")
+        return cls(path)
+
+    def read_config(self) -> dict[str, Any]:
+        """What `write_config` wrote. CheckpointError if it cannot be read."""
+        try:
+            config = json.loads((self.path / CONFIG).read_text())
+        except ValueError as error:
+            raise CheckpointError(f"{self.path / CONFIG} cannot be read: {error}") from error
+        if not isinstance(config, dict):
+            raise CheckpointError(f"{self.path / CONFIG} holds no configuration")
+        return config
+
+    def write_config(self, config: Mapping[str, Any]) -> None:
+        """Everything needed to repeat the run."""
+        self._write(CONFIG, (json.dumps(config, indent=2) + "\n").encode())
+
+    def write_metrics(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """One JSON object a line, one line an epoch."""
+        self._write(METRICS, "".join(json.dumps(row) + "\n" for row in rows).encode())
+
+    def save_checkpoint(self, state: Mapping[str, Any]) -> None:
+        """Replace the checkpoint, once the new one is whole and on the disk."""
+        # In memory first: a full disk is then an OSError that says so.
+        buffer = io.BytesIO()
+        torch.save(dict(state), buffer)
+        self._write(CHECKPOINT, buffer.getbuffer())
+
+    def load_checkpoint(self, device: torch.device) -> dict[str, Any] | None:
+        """The last checkpoint, None if there is none yet. CheckpointError if it is damaged."""
+        path = self.path / CHECKPOINT
+        if not path.exists():
+            return None
+        try:
+            state = torch.load(path, map_location=device, weights_only=True)
+        except Exception as error:  # torch and zipfile raise a dozen kinds for damaged files
+            raise CheckpointError(
+                f"{path} is damaged or no checkpoint ({type(error).__name__})"
+            ) from error
+        if not isinstance(state, dict):
+            raise CheckpointError(f"{path} is no checkpoint of a run")
+        return state
+
+    def save_weights(self, model: nn.Module) -> None:
+        """The trained weights and buffers, as safetensors."""
+        # Copies: safetensors takes neither shared nor channels-last memory.
+        state = {k: v.detach().cpu().contiguous().clone() for k, v in model.state_dict().items()}
+        self._write(WEIGHTS, save(state))
+
+    def _write(self, name: str, content: bytes | memoryview) -> None:
+        temporary = self.path / f".{name}.tmp"
+        try:
+            with open(temporary, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, self.path / name)
+        except OSError as error:
+            temporary.unlink(missing_ok=True)
+            raise OSError(
+                error.errno, f"cannot write {self.path / name}: {error.strerror}"
+            ) from error

@@ -1,0 +1,315 @@
+"""`train`: one run, one folder, exactly resumable.
+
+    freezeout train --dataset cifar10 --model wrn --depth 16 --widen-factor 1 --epochs 10
+
+What is random in an epoch (order, crops, flips) is a function of the seed and the epoch, so a
+checkpoint holds the number of batches done, and no generator but torch's own (for dropout).
+"""
+
+import math
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from statistics import median
+from types import FrameType
+from typing import Any
+
+import torch
+
+from ..errors import CheckpointError, FreezeOutError, InvalidValue
+from ..schedule import whole_number
+from .config import TrainConfig
+from .device import hardware
+from .display import Display
+from .job import Job, Sums
+from .run_folder import RunFolder
+
+
+class Stopped(FreezeOutError):
+    """The run was asked to stop, by Ctrl-C or SIGTERM, and has saved where it stands."""
+
+    def __init__(self, folder: Path, step: int, number: int) -> None:
+        super().__init__(
+            f"stopped after step {step}; go on with: freezeout train --resume {folder}"
+        )
+        self.signal = number
+
+
+def train(config: TrainConfig) -> Path:
+    """Train what `config` describes into a new folder, and return that folder.
+
+    Raises:
+        FreezeOutError: anything in the configuration, the data or the device that is not so;
+            `Stopped` on SIGINT or SIGTERM. OSError: the disk is full, say.
+    """
+    config.check()
+    RunFolder.refuse_existing(config.folder)  # before data is loaded; made once all else is well
+    job = Job(config)
+    folder = RunFolder.create(config.folder)
+    with _stop_signal() as stop:
+        epochs, costs = job.plan()
+        folder.write_config(job.description(epochs, costs))
+        return _Loop(job, folder, epochs, stop).run()
+
+
+def resume(path: Path) -> Path:
+    """Go on with the run in the folder `path`, with its own configuration, to its end.
+
+    A run that had ended is left as it is. Raises as `train` does, and CheckpointError for a
+    folder without a run, a damaged checkpoint or one of another configuration.
+    """
+    folder = RunFolder.existing(path)
+    saved = folder.read_config()
+    try:
+        resolved = saved["resolved"]
+        epochs = whole_number("epochs", resolved["epochs"])
+        config = replace(
+            TrainConfig.from_json(saved["config"]), out=path, precision=resolved["precision"]
+        )
+    except (KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path}/config.json is not a run's configuration") from error
+    job = Job(config)
+    state = folder.load_checkpoint(job.device)
+    with _stop_signal() as stop:
+        loop = _Loop(job, folder, epochs, stop)
+        loop.identity = saved["config"]
+        if state is not None:
+            _check_same(state.get("config"), saved["config"], path)
+            loop.restore(state)
+        return loop.run()
+
+
+def _check_same(theirs: Any, mine: dict[str, Any], path: Path) -> None:
+    if not isinstance(theirs, dict):
+        raise CheckpointError(f"{path}/checkpoint.pt is no checkpoint of a run")
+    for name, value in mine.items():
+        if theirs.get(name) != value:
+            raise CheckpointError(
+                f"{path}/checkpoint.pt is of another configuration: its {name} is "
+                f"{theirs.get(name)!r}, config.json says {value!r}"
+            )
+
+
+class _Loop:
+    """The training loop, and where it stands."""
+
+    def __init__(self, job: Job, folder: RunFolder, epochs: int, stop: "_Stop") -> None:
+        self.job, self.folder, self.epochs, self.stop = job, folder, epochs, stop
+        self.identity = job.config.to_json()  # of the configuration, in checkpoints
+        self.total_steps = job.total_steps(epochs)
+        self.optimizer = job.optimizer(job.model)
+        self.freezer = job.freezer(job.model, self.optimizer, self.total_steps)
+        self.rows: list[dict[str, Any]] = []  # finished epochs
+        self.epoch = 0
+        self.batch = 0  # batches done in this epoch
+        self.sums = Sums.empty(job.device)
+
+    def save(self) -> None:
+        self.folder.save_checkpoint(
+            {
+                "config": self.identity,
+                "epoch": self.epoch,
+                "batch": self.batch,
+                "rows": self.rows,
+                "sums": vars(self.sums),
+                "model": self.job.model.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "freezer": self.freezer.state_dict(),
+                "random": _random_state(),
+            }
+        )
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Stand where `save` was called. CheckpointError if the state is of another run."""
+        try:
+            self.job.model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.freezer.load_state_dict(state["freezer"])
+            self.rows, self.epoch, self.batch = state["rows"], state["epoch"], state["batch"]
+            self.sums = Sums(**state["sums"])
+            _set_random_state(state["random"])
+        except FreezeOutError:
+            raise
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            cause = str(error).strip().partition("\n")[0]
+            raise CheckpointError(
+                f"{self.folder.path}/checkpoint.pt does not fit this run: "
+                f"{type(error).__name__}: {cause}"
+            ) from error
+        # A kill may have come between the checkpoint and the metrics.
+        self.folder.write_metrics(self.rows)
+
+    def run(self) -> Path:
+        """Train what is left, write the weights, and return the folder."""
+        job, freezer, path = self.job, self.freezer, self.folder.path
+        writer = _tensorboard(job.config, path, self.epoch)
+        display = Display(self.total_steps, freezer.step_count, len(freezer.layers))
+        self.introduce(display)
+        with display:
+            while self.epoch < self.epochs:
+                self.train_epoch(display)
+                heldout = job.evaluate(self.stop_if_asked)
+                self.rows.append(self.row(heldout))
+                self.epoch, self.batch, self.sums = self.epoch + 1, 0, Sums.empty(job.device)
+                self.save()
+                self.folder.write_metrics(self.rows)
+                _write_scalars(writer, self.rows[-1])
+                display.epoch(self.rows[-1], self.epochs, self.seconds_left())
+        self.folder.save_weights(job.model)
+        if job.config.freezeout:
+            display.say(freezer.summary())
+        display.say(f"run folder: {path}")
+        return path
+
+    def train_epoch(self, display: Display) -> None:
+        """Make the epoch's remaining steps."""
+        job, optimizer, freezer, sums = self.job, self.optimizer, self.freezer, self.sums
+        label = f"{self.epoch + 1}/{self.epochs}"
+        start = job.steps_per_epoch * self.epoch + self.batch
+        steps = min(job.steps_per_epoch - self.batch, self.total_steps - start)
+        job.model.train()
+        begin = time.perf_counter()
+        batches = job.batches(self.epoch, self.batch)
+        for number in range(steps):
+            before = time.perf_counter()
+            x, y = next(batches)
+            loss, logits = job.loss(job.model, x, y)
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            optimizer.zero_grad()
+            freezer.step()
+            sums.add(loss, logits, y)
+            self.batch += 1
+            sums.step_seconds.append(time.perf_counter() - before)
+            if display.live and number % 10 == 0:
+                display.step(freezer.step_count, label, loss.item(), freezer.num_frozen)
+            if self.stop.signal is not None:
+                break
+        job.wait()
+        sums.seconds += time.perf_counter() - begin
+        self.stop_if_asked()
+
+    def stop_if_asked(self) -> None:
+        """Between two steps or two batches of the evaluation: save and leave, if asked to."""
+        if self.stop.signal is not None:
+            self.save()
+            raise Stopped(self.folder.path, self.freezer.step_count, self.stop.signal)
+
+    def row(self, heldout: tuple[float, float] | None) -> dict[str, Any]:
+        """The epoch's line of metrics."""
+        train_loss, train_error = self.sums.means()
+        if not math.isfinite(train_loss):
+            raise FreezeOutError(
+                f"the loss is {train_loss} in epoch {self.epoch + 1}: the run diverged; "
+                f"try a lower --lr than {self.job.config.lr:g}"
+            )
+        valid_loss, valid_error = heldout or (None, None)
+        freezer, lr = self.freezer, self.job.config.lr
+        # In the epoch's last update, of the layers that were trained in it.
+        factors = freezer.schedule.factors(
+            freezer.step_count - 1, len(freezer.layers), freezer.total_steps
+        )
+        rates = [lr * factor for factor in factors if factor > 0]
+        parameters = self.job.model.parameters()
+        return {
+            "epoch": self.epoch + 1,
+            "step": freezer.step_count,
+            "train_loss": train_loss,
+            "train_error": train_error,
+            "valid_loss": valid_loss,
+            "valid_error": valid_error,
+            "lr_lowest": min(rates),
+            "lr_highest": max(rates),
+            "frozen_layers": freezer.num_frozen,
+            "trained_parameters": sum(p.numel() for p in parameters if p.requires_grad),
+            "seconds": self.sums.seconds,
+            "step_seconds": median(self.sums.step_seconds),
+            "images_per_second": self.sums.images / self.sums.seconds,
+        }
+
+    def seconds_left(self) -> float:
+        """From the last epoch's steps; freezing makes it less."""
+        steps = self.total_steps - self.freezer.step_count
+        return float(steps * self.rows[-1]["step_seconds"])
+
+    def introduce(self, display: Display) -> None:
+        """Say what is going to be trained, and how to go on with it."""
+        config, freezer, epochs = self.job.config, self.freezer, self.epochs
+        count = sum(p.numel() for p in self.job.model.parameters())
+        display.say(
+            f"{config.model} ({count:,} parameters, {len(freezer.layers)} layers) on "
+            f"{config.dataset}: {epochs} epochs, {freezer.total_steps} steps, "
+            f"{self.job.precision} on {hardware(self.job.device)}"
+        )
+        rates = freezer.schedule.largest_factor(len(freezer.layers), freezer.total_steps)
+        freezes = [f for f in freezer.freeze_steps if f < freezer.total_steps]
+        if freezes:
+            display.say(
+                f"layers freeze from step {freezes[0]} to step {freezes[-1]}; the largest "
+                f"starting rate is {rates * config.lr:.4g}"
+            )
+        display.say(f"if it is stopped, go on with: freezeout train --resume {self.folder.path}")
+
+
+def _random_state() -> dict[str, Any]:
+    state: dict[str, Any] = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state_all()
+    return state
+
+
+def _set_random_state(state: dict[str, Any]) -> None:
+    torch.set_rng_state(state["cpu"].cpu())
+    if torch.cuda.is_available() and "cuda" in state:
+        torch.cuda.set_rng_state_all([each.cpu() for each in state["cuda"]])
+
+
+class _Stop:
+    """Whether a signal has asked the run to stop, and which."""
+
+    signal: int | None = None
+
+
+@contextmanager
+def _stop_signal() -> Iterator[_Stop]:
+    """Ctrl-C and SIGTERM are noted, for the run to stop after its step; a second one is not
+    waited for."""
+    stop = _Stop()
+
+    def note(number: int, frame: FrameType | None) -> None:
+        if stop.signal is not None:
+            raise KeyboardInterrupt
+        stop.signal = number
+
+    try:
+        before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:  # not in the main thread: whoever calls handles signals
+        before = {}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _tensorboard(config: TrainConfig, path: Path, first_epoch: int) -> Any:
+    if not config.tensorboard:
+        return None
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise InvalidValue("--tensorboard needs: pip install 'freezeout[tensorboard]'") from error
+    # Epochs after the checkpoint, written before a kill, are shown once.
+    return SummaryWriter(path, purge_step=first_epoch + 1)
+
+
+def _write_scalars(writer: Any, row: dict[str, Any]) -> None:
+    if writer is None:
+        return
+    for name, value in row.items():
+        if name not in ("epoch", "step") and value is not None:
+            writer.add_scalar(name, value, row["epoch"])
+    writer.flush()
