@@ -6,15 +6,16 @@ that whatever else the machine does meets both. Prints medians and their ratio, 
 """
 
 import argparse
-import platform
 import statistics
 import time
-from pathlib import Path
 
 import torch
+from timing import environment
 from torch import nn
 
 from freezeout.lab.data import batches
+from freezeout.lab.device import choose_precision
+from freezeout.lab.models import build_model
 
 WARM_UP = 10
 
@@ -25,17 +26,14 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=50)
     parser.add_argument("--steps", type=int, default=200, help="at most one epoch")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--channels-last", action="store_true")
+    parser.add_argument("--precision", default="auto", choices=("auto", "fp32", "bf16"))
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     device = torch.device(args.device)
-
-    from freezeout.lab.models import build_model
-
+    bf16 = choose_precision(args.precision, device) == "bf16"
     torch.manual_seed(0)
     model = build_model("wrn", num_classes=10, depth=16, widen_factor=1).to(device)
-    if args.channels_last:
-        nn.Module.to(model, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    nn.Module.to(model, memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
     epoch = batches(
         torch.randint(256, (50_000, 3, 32, 32), dtype=torch.uint8, device=device),
@@ -47,14 +45,16 @@ def main() -> None:
         std=(0.25, 0.24, 0.26),
         augment=True,
         flip=True,
-        channels_last=args.channels_last,
+        channels_last=True,
     )
     making: list[float] = []
     training: list[float] = []
     start = now(device)
     for x, y in epoch:
         made = now(device)
-        torch.autograd.backward(nn.functional.cross_entropy(model(x), y))
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            loss = nn.functional.cross_entropy(model(x), y)
+        torch.autograd.backward(loss)
         optimizer.step()
         optimizer.zero_grad()
         trained = now(device)
@@ -65,8 +65,7 @@ def main() -> None:
         start = now(device)
 
     batch, step = (1e3 * statistics.median(times[WARM_UP:]) for times in (making, training))
-    print(f"hardware     {hardware(device)}, {args.threads} threads")
-    print(f"torch        {torch.__version__}")
+    print(f"{environment(device)}; channels-last, {'bf16' if bf16 else 'fp32'}")
     print(f"batch        {batch:8.3f} ms  (size {args.batch_size}, augmented)")
     print(f"step         {step:8.3f} ms  (WRN-16-1: forward, backward, SGD)")
     print(f"batch/step   {batch / step:8.2%}")
@@ -78,16 +77,6 @@ def now(device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
-
-
-def hardware(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    cpuinfo = Path("/proc/cpuinfo")
-    for line in cpuinfo.read_text().splitlines() if cpuinfo.exists() else ():
-        if line.startswith("model name"):
-            return line.split(":")[1].strip()
-    return platform.processor() or platform.machine()
 
 
 if __name__ == "__main__":

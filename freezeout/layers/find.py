@@ -99,23 +99,35 @@ def _is_list(module: nn.Module) -> bool:
 
 
 def _weights(module: nn.Module) -> int:
-    """How many modules inside (itself included) own a matrix, a kernel or the like."""
+    """How many modules inside (itself included) own a weight that mixes channels: a matrix or a
+    kernel, but neither a norm's scale nor a depthwise kernel."""
     return sum(
-        any(p.ndim >= 2 for p in inner.parameters(recurse=False)) for inner in module.modules()
+        any(p.ndim >= 2 and p.shape[1] > 1 for p in inner.parameters(recurse=False))
+        for inner in module.modules()
     )
 
 
+def _elements(module: nn.Module) -> Iterator[nn.Module]:
+    """Children with parameters, those of plain lists in place of the lists."""
+    for child in module.children():
+        if _is_list(child):
+            yield from _elements(child)
+        elif next(child.parameters(), None) is not None:
+            yield child
+
+
 def _holds_stack(module: nn.Module) -> bool:
-    """Whether a list inside holds several blocks of one class: a stage or encoder, no block."""
+    """Whether blocks of one class stand inside, two in a list or three as the only parts of a
+    module: a stage or an encoder, then, and no block."""
     for inner in module.modules():
+        parts = list(_elements(inner))
+        kinds = Counter(type(part) for part in parts if _weights(part) >= 2)
+        most = max(kinds.values(), default=0)
         if isinstance(inner, nn.Sequential | nn.ModuleList | nn.ModuleDict):
-            blocks = Counter(
-                type(child)
-                for child in inner.children()
-                if not _is_list(child) and _weights(child) >= 2
-            )
-            if blocks and max(blocks.values()) >= 2:
+            if most >= 2:
                 return True
+        elif most == len(parts) >= 3:
+            return True
     return False
 
 
@@ -223,8 +235,8 @@ def _is_leaf(unit: nn.Module) -> bool:
 
 
 def _is_norm(unit: nn.Module) -> bool:
-    """A leaf with a scale or shift a channel and no matrix: any norm, PReLU, layer scale."""
-    return _is_leaf(unit) and all(p.ndim <= 1 for p in unit.parameters())
+    """A scale or shift a channel and no matrix: any norm, PReLU, layer scale."""
+    return all(p.ndim <= 1 for p in unit.parameters())
 
 
 def _name(group: list[nn.Module], names: dict[nn.Module, str]) -> str:

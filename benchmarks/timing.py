@@ -1,0 +1,43 @@
+"""What the benchmarks share: interleaved timing, and a line about the machine."""
+
+import time
+from collections.abc import Callable, Mapping
+from statistics import median
+
+import torch
+
+from freezeout.lab.device import hardware
+
+
+def interleaved(
+    functions: Mapping[str, Callable[[], object]],
+    rounds: int,
+    warmup: int = 1,
+    device: torch.device | None = None,
+) -> dict[str, float]:
+    """Median seconds of each function, called in turn, so that a machine whose speed drifts
+    slows all of them alike; the first `warmup` rounds do not count."""
+    seconds: dict[str, list[float]] = {name: [] for name in functions}
+    for _ in range(warmup + rounds):
+        for name, function in functions.items():
+            seconds[name].append(timed(function, device))
+    return {name: median(times[warmup:]) for name, times in seconds.items()}
+
+
+def timed(function: Callable[[], object], device: torch.device | None = None) -> float:
+    """Seconds of one call, the device's work included."""
+    _wait(device)
+    start = time.perf_counter()
+    function()
+    _wait(device)
+    return time.perf_counter() - start
+
+
+def environment(device: torch.device | None = None) -> str:
+    """The hardware and torch's version."""
+    return f"{hardware(device or torch.device('cpu'))}; torch {torch.__version__}"
+
+
+def _wait(device: torch.device | None) -> None:
+    if device is not None and device.type != "cpu":
+        torch.accelerator.synchronize(device)
