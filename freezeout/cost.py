@@ -34,7 +34,12 @@ def run_cost(step_costs: Sequence[float], freeze_steps: Sequence[int], total_ste
 def saving(step_costs: Sequence[float], freeze_steps: Sequence[int], total_steps: int) -> float:
     """The share of the ordinary run's cost that freezing saves, 1 - C_f / C, at most 1.
 
+    InvalidValue if a full step costs nothing.
+
     >>> saving([10.0, 6.0, 2.0], (512, 729, 1000), 1000)
     0.3036
     """
-    return 1 - run_cost(step_costs, freeze_steps, total_steps) / (total_steps * step_costs[0])
+    cost = run_cost(step_costs, freeze_steps, total_steps)
+    if not step_costs[0] > 0:
+        raise InvalidValue(f"the cost of a full step must be positive, got {step_costs[0]}")
+    return 1 - cost / (total_steps * step_costs[0])

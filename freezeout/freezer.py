@@ -77,6 +77,8 @@ class FreezeOut:
         self.schedule = Schedule() if schedule is None else schedule
         if not isinstance(self.schedule, Schedule):
             raise InvalidType(f"schedule must be a Schedule, got {type(schedule).__name__}")
+        if not isinstance(anneal, bool):
+            raise InvalidType(f"anneal must be True or False, got {anneal!r}")
         optimizers = check_optimizers(optimizer)
         self.anneal = anneal
         self.model = model
@@ -98,20 +100,22 @@ class FreezeOut:
         self._clock: float | None = None
         self._seconds: dict[int, deque[float]] = {}
         self._counts: dict[int, int] = {}
+        # What may raise comes before what leaves marks on the optimizers and the model.
+        largest = self.schedule.largest_factor(len(self.layers), self.total_steps, freeze_every)
+        if anneal and largest > _STEEP:
+            rate = max(float(group["lr"]) for each in optimizers for group in each.param_groups)
+            warnings.warn(
+                f"the first layer starts at {largest:.3g} times the base learning rate "
+                f"({largest * rate:.3g}), because it freezes so early and scale_lr gives every "
+                "layer the same total; a larger t_0, or scale_lr=False, starts lower",
+                stacklevel=2,
+            )
         layer_of = {p: i for i, layer in enumerate(self.layers) for p in layer.parameters}
         self._optimizers = [
             SplitOptimizer(each, layer_of, self._current_factors, lambda: self.num_frozen)
             for each in optimizers
         ]
         self._order_check = None if example_inputs is not None else OrderCheck(model, self.layers)
-        largest = self.schedule.largest_factor(len(self.layers), self.total_steps, freeze_every)
-        if anneal and largest > _STEEP:
-            warnings.warn(
-                f"the first layer starts at {largest:.3g} times the base learning rate "
-                f"({max(self.learning_rates):.3g}), because it freezes so early and scale_lr "
-                "gives every layer the same total; a larger t_0, or scale_lr=False, starts lower",
-                stacklevel=2,
-            )
 
     # --- where the run stands -----------------------------------------------------------
 
@@ -195,6 +199,8 @@ class FreezeOut:
         Raises:
             CheckpointError: the state is of other layers, or of another schedule or length.
         """
+        if self._released:
+            raise FreezeOutError("load_state_dict() after release()")
         mine = self._configuration()
         missing = [key for key in ("step", "num_frozen", "kept_frozen", *mine) if key not in state]
         if missing:
@@ -232,6 +238,8 @@ class FreezeOut:
     def release(self) -> None:
         """Give the model and the optimizers back as ordinary ones: every layer trains again,
         nothing of FreezeOut remains on them. State that freezing dropped starts afresh."""
+        if self._released:
+            return
         self._released = True
         self._apply(0)
         for optimizer in self._optimizers:

@@ -80,9 +80,10 @@ class SplitOptimizer:
         self._last = max(layer_of.values())
         # The user's groups while split ones stand in their place, else None.
         self._visible: list[Group] | None = None
-        self._split: list[tuple[int, Group]] = []  # (layer, split group), flat
-        self._origin: list[Group] = []  # the user's group of each split group
+        self._split: list[_Part] = []
         self._key: object = None  # what the split groups were made from
+        self._calls = 0  # of `step` that are running, through our wrapper
+        self._nested = 0  # hooks of a parent class's step, called by the optimizer's own
         self._handles = [
             optimizer.register_step_pre_hook(self._before),
             optimizer.register_step_post_hook(self._after),
@@ -126,11 +127,14 @@ class SplitOptimizer:
         # Keeps the marks that learning-rate schedulers leave on the function.
         @wraps(step)
         def restoring(optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
+            self._calls += 1
             try:
                 return step(*args, **kwargs)
             except BaseException:
                 self._restore()
                 raise
+            finally:
+                self._calls -= 1
 
         restoring.splits = self  # type: ignore[attr-defined]
         return restoring
@@ -138,20 +142,23 @@ class SplitOptimizer:
     def _restore(self) -> None:
         if self._visible is not None:
             self.optimizer.param_groups, self._visible = self._visible, None
+        self._nested = 0
 
     def _before(
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if self._visible is not None:
+            if self._calls:  # the step calls its parent class's step, which has hooks too
+                self._nested += 1
+                return args, kwargs
+            self._restore()  # a step that failed where our wrapper had been replaced
         factors = self._factors()
         groups = optimizer.param_groups
         self._refresh(groups)
-        for (layer, split), group in zip(self._split, self._origin, strict=True):
-            params = split["params"]
-            split.update(group)
-            split["params"] = params
-            split["lr"] = group["lr"] * factors[layer]
+        for part in self._split:
+            part.fill(factors[part.layer])
         self._visible = groups
-        optimizer.param_groups = [split for _, split in self._split]
+        optimizer.param_groups = [part.group for part in self._split]
         # args[0] is the optimizer: the hook sees the arguments of the unbound method.
         return tuple(map(self._outside, args)), {k: self._outside(v) for k, v in kwargs.items()}
 
@@ -172,15 +179,12 @@ class SplitOptimizer:
         return closure
 
     def _after(self, optimizer: Optimizer, args: object, kwargs: object) -> None:
+        if self._nested:
+            self._nested -= 1
+            return
         factors = self._factors()
-        for (layer, split), group in zip(self._split, self._origin, strict=True):
-            for key, value in split.items():
-                if key == "params" or value is group.get(key):
-                    continue
-                if key != "lr":
-                    group[key] = value
-                elif factors[layer] and value != group["lr"] * factors[layer]:
-                    group["lr"] = value / factors[layer]
+        for part in self._split:
+            part.carry_back(factors[part.layer])
         self._restore()
 
     def _refresh(self, groups: list[Group]) -> None:
@@ -189,20 +193,44 @@ class SplitOptimizer:
         key = num_frozen, [(id(group), len(group["params"])) for group in groups]
         if key == self._key:
             return
-        self._split, self._origin = [], []
+        # A checkpoint from before a freeze may have brought back what the freeze dropped.
+        self.drop_state(p for p, layer in self._layer_of.items() if layer < num_frozen)
+        self._split = []
         for group in groups:
-            parts: dict[int, list[nn.Parameter]] = {}
+            layers: dict[int, list[nn.Parameter]] = {}
             for parameter in group["params"]:
                 layer = self._layer(parameter)
                 if layer >= num_frozen:
-                    parts.setdefault(layer, []).append(parameter)
-            for layer, parameters in sorted(parts.items()):
-                self._split.append((layer, {**group, "params": parameters}))
-                self._origin.append(group)
+                    layers.setdefault(layer, []).append(parameter)
+            self._split += [_Part(layer, group, layers[layer]) for layer in sorted(layers)]
+        if not self._split:  # some optimizers look at their first group, whatever it holds
+            self._split = [_Part(self._last, groups[0], [])]
         self._key = key
 
     def _loaded(self, optimizer: Optimizer) -> None:
-        """A checkpoint from before a freeze may bring back what the freeze dropped."""
         self._key = None
-        num_frozen = self._num_frozen()
-        self.drop_state(p for p, layer in self._layer_of.items() if layer < num_frozen)
+
+
+class _Part:
+    """The share of one of the user's groups in one layer."""
+
+    def __init__(self, layer: int, origin: Group, parameters: list[nn.Parameter]) -> None:
+        self.layer, self._origin, self._parameters = layer, origin, parameters
+        self.group: Group = {}
+        self._given: Group = {}
+
+    def fill(self, factor: float) -> None:
+        """Take the user's group's options as they are now, with its learning rate scaled."""
+        self._given = {**self._origin, "lr": self._origin["lr"] * factor}
+        self._given["params"] = self._parameters
+        self.group.clear()
+        self.group.update(self._given)
+
+    def carry_back(self, factor: float) -> None:
+        """Give the user's group every value that the optimizer has changed in this part."""
+        for key, value in self.group.items():
+            if value is not self._given.get(key) and key != "params":
+                if key != "lr":
+                    self._origin[key] = value
+                elif factor:
+                    self._origin[key] = value / factor

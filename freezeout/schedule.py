@@ -13,7 +13,8 @@ function of numbers and needs the standard library only.
 
 import math
 import operator
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal, SupportsIndex, get_args
@@ -89,7 +90,8 @@ class Schedule:
             return self.times
         power = POWERS[self.how_scale]
         linear = (self.t_0 + (1 - self.t_0) * i / (n - 1) for i in range(n - 1))
-        return (*(t**power for t in linear), 1.0)
+        smallest = sys.float_info.min  # the power of a tiny t_0 must not become zero
+        return (*(max(t**power, smallest) for t in linear), 1.0)
 
     def freeze_steps(
         self, num_layers: int, total_steps: int, freeze_every: int = 1
@@ -145,6 +147,8 @@ def _check_fraction(name: str, value: object) -> float:
 
 
 def _checked_times(times: Sequence[float]) -> tuple[float, ...]:
+    if not isinstance(times, Iterable):
+        raise InvalidType(f"times must be a sequence of fractions, got {times!r}")
     checked = tuple(_check_fraction(f"times[{i}]", t) for i, t in enumerate(times))
     if not checked or checked[-1] != 1:
         raise InvalidValue(f"times must end in 1 (the last layer never freezes), got {checked}")

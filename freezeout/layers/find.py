@@ -3,7 +3,7 @@
 import warnings
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from torch import nn
 
@@ -43,7 +43,7 @@ def find_layers(model: nn.Module, example_inputs: ExampleInputs = None) -> list[
     names = {module: name for name, module in model.named_modules()}
     units = _Units(model, trace)
     groups = _grouped(units.in_order(), units)
-    return _layers(model, trace, units, groups, [_name(group, names) for group in groups])
+    return _layers(model, trace, units, groups, [_name(group, units, names) for group in groups])
 
 
 def given_layers(
@@ -60,7 +60,12 @@ def given_layers(
         InvalidType: an entry is not a module. InvalidValue: an entry is no part of the model, or
         stands in two places. LayerOrderError: the order is not that of execution.
     """
-    groups = [[entry] if isinstance(entry, nn.Module) else list(entry) for entry in layers]
+    if not isinstance(layers, Iterable):
+        raise InvalidType(f"layers must be a list of modules, got {layers!r}")
+    groups = [
+        [entry] if isinstance(entry, nn.Module) or not isinstance(entry, Iterable) else list(entry)
+        for entry in layers
+    ]
     names = {module: name for name, module in model.named_modules()}
     taken: dict[nn.Module, int] = {}
     for number, group in enumerate(groups):
@@ -194,6 +199,10 @@ class _Units:
             unit = self._starts[following][1] if following < len(self._starts) else self._last
         return unit
 
+    def is_norm(self, unit: nn.Module) -> bool:
+        """Whether all it has is a scale or shift a channel: any norm, PReLU, layer scale."""
+        return all(p.ndim <= 1 for p in self.parameters[unit])
+
     def in_order(self) -> list[nn.Module]:
         """Units that have parameters, by the last use of any of them."""
         return sorted(self.times, key=self.times.__getitem__)
@@ -205,10 +214,10 @@ def _grouped(ordered: list[nn.Module], units: _Units) -> list[list[nn.Module]]:
     waiting: list[nn.Module] = []  # norms in front of the weights that they belong to
 
     def bare(group: list[nn.Module]) -> bool:
-        return all(_is_leaf(unit) and not _is_norm(unit) for unit in group)
+        return all(_is_leaf(unit) and not units.is_norm(unit) for unit in group)
 
     for unit in ordered:
-        if _is_norm(unit):
+        if units.is_norm(unit):
             trained = any(p.requires_grad for p in units.parameters[unit])
             behind = isinstance(unit, nn.PReLU) or not trained
             if groups and not waiting and (behind or bare(groups[-1])):
@@ -234,13 +243,8 @@ def _is_leaf(unit: nn.Module) -> bool:
     return next(unit.children(), None) is None
 
 
-def _is_norm(unit: nn.Module) -> bool:
-    """A scale or shift a channel and no matrix: any norm, PReLU, layer scale."""
-    return all(p.ndim <= 1 for p in unit.parameters())
-
-
-def _name(group: list[nn.Module], names: dict[nn.Module, str]) -> str:
-    first = next((unit for unit in group if not _is_norm(unit)), group[0])
+def _name(group: list[nn.Module], units: _Units, names: dict[nn.Module, str]) -> str:
+    first = next((unit for unit in group if not units.is_norm(unit)), group[0])
     return names[first] or "model"
 
 
@@ -290,11 +294,22 @@ def _layers(
             of_module[module] = max(parts)
         return of_module[module]
 
+    inner = set(_inner(units.modules))
     return [
         Layer(
             name,
-            (module for module in model.modules() if place(module) == i),
+            modules := [module for module in model.modules() if place(module) == i],
             (p for p in model.parameters() if of_parameter.get(p, last) == i),
+            (module for module in modules if module not in inner),
         )
         for i, name in enumerate(names)
     ]
+
+
+def _inner(units: Iterable[nn.Module]) -> Iterator[nn.Module]:
+    """Modules that only units call: what they contain, but for the elements of plain lists."""
+    for unit in units:
+        if _is_list(unit):
+            yield from _inner(unit.children())
+        else:
+            yield from (module for module in unit.modules() if module is not unit)

@@ -17,28 +17,32 @@ class Layer:
         modules: every module that goes into evaluation mode with the layer, outermost first.
         parameters: every parameter that stops being trained with it. A parameter shared with
             a later layer is that layer's, so a module here may own parameters that are not.
+        boundary: the modules that tensors may enter and leave the layer through: blocks, and
+            what contains them (either may be called, or only walked through); all of `modules`
+            if not given.
     """
 
     def __init__(
-        self, name: str, modules: Iterable[nn.Module], parameters: Iterable[nn.Parameter]
+        self,
+        name: str,
+        modules: Iterable[nn.Module],
+        parameters: Iterable[nn.Parameter],
+        boundary: Iterable[nn.Module] | None = None,
     ) -> None:
         self.name = name
         self.modules = tuple(modules)
         self.parameters = tuple(parameters)
-        # While frozen: the parameters that were trained until then, and the hooks' handles.
+        self.boundary = self.modules if boundary is None else tuple(boundary)
+        # While frozen: the parameters that were trained until then, the modules that the user
+        # kept in evaluation mode, and the hooks' handles.
         self._stopped: tuple[nn.Parameter, ...] = ()
+        self._kept: set[nn.Module] = set()
         self._handles: list[RemovableHandle] = []
         self.is_frozen = False
 
     def __repr__(self) -> str:
         count = sum(p.numel() for p in self.parameters)
         return f"Layer({self.name!r}, {len(self.modules)} modules, {count:,} parameters)"
-
-    @property
-    def outermost(self) -> tuple[nn.Module, ...]:
-        """The modules that are no child of another module of this layer."""
-        children = {child for module in self.modules for child in module.children()}
-        return tuple(module for module in self.modules if module not in children)
 
     def freeze(self) -> None:
         """Take the layer out of training; nothing happens if it is out already.
@@ -52,6 +56,8 @@ class Layer:
         if self.is_frozen:
             return
         self._stopped = tuple(p for p in self.parameters if p.requires_grad)
+        if any(module.training for module in self.modules):
+            self._kept = {module for module in self.modules if not module.training}
         for parameter in self.parameters:
             parameter.requires_grad_(False)
             parameter.grad = None
@@ -59,7 +65,7 @@ class Layer:
             module.training = False
             # In the instance's dictionary, where copies and pickles of the model keep it.
             module.__dict__["train"] = partial(_stay_in_evaluation, module)
-        for module in self.outermost:
+        for module in self.boundary:
             self._handles += [
                 module.register_forward_pre_hook(_detach_inputs, with_kwargs=True),
                 module.register_forward_hook(_detach_output),
@@ -68,7 +74,8 @@ class Layer:
 
     def unfreeze(self, training: bool) -> None:
         """Undo `freeze()`: parameters require gradients again where they did before it, and the
-        modules are put in training or evaluation mode."""
+        modules are put in training or evaluation mode, but for those that the user had kept in
+        evaluation mode while others trained."""
         if not self.is_frozen:
             return
         for parameter in self._stopped:
@@ -77,8 +84,8 @@ class Layer:
             handle.remove()
         for module in self.modules:
             del module.__dict__["train"]
-            module.training = training
-        self._stopped, self._handles, self.is_frozen = (), [], False
+            module.training = training and module not in self._kept
+        self._stopped, self._kept, self._handles, self.is_frozen = (), set(), [], False
 
 
 def merged(name: str, layers: Iterable[Layer]) -> Layer:
@@ -88,6 +95,7 @@ def merged(name: str, layers: Iterable[Layer]) -> Layer:
         name,
         (module for layer in layers for module in layer.modules),
         (parameter for layer in layers for parameter in layer.parameters),
+        (module for layer in layers for module in layer.boundary),
     )
 
 

@@ -7,7 +7,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
@@ -47,7 +47,7 @@ class Trace:
         buffers, random state and gradients are as before."""
         trace = cls()
         args, kwargs = call_arguments(example_inputs)
-        with _undisturbed(model), trace._listening(model):
+        with _undisturbed(model), trace.listening(model):
             try:
                 model(*args, **kwargs)
             except Exception as error:
@@ -84,7 +84,9 @@ class Trace:
         self.uses[parameter] = (self._time, tuple(self._running))
 
     @contextmanager
-    def _listening(self, model: nn.Module) -> Iterator[None]:
+    def listening(self, model: nn.Module, running: bool = False) -> Iterator[None]:
+        """Record what runs inside the `with` block; `running`: the model runs already."""
+
         def before(module: nn.Module, args: object) -> None:
             self._start(module)
 
@@ -92,13 +94,21 @@ class Trace:
             self._running.pop()
 
         handles: list[RemovableHandle] = []
+        # A cast weight that autocast has kept would be used unseen.
+        cache = torch.is_autocast_cache_enabled()
+        torch.set_autocast_cache_enabled(False)
         try:
+            if running:
+                self._start(model)
             for module in model.modules():
+                if running and module is model:
+                    continue
                 handles.append(module.register_forward_pre_hook(before, prepend=True))
                 handles.append(module.register_forward_hook(after, always_call=True))
             with _UseListener(self, set(model.parameters())):
                 yield
         finally:
+            torch.set_autocast_cache_enabled(cache)
             for handle in handles:
                 handle.remove()
 
@@ -134,7 +144,11 @@ def call_arguments(example_inputs: ExampleInputs) -> tuple[tuple[Any, ...], dict
 def _undisturbed(model: nn.Module) -> Iterator[None]:
     """Evaluation mode inside; modes, buffers and random state as before afterwards."""
     modes = {module: module.training for module in model.modules()}
-    buffers = [(buffer, buffer._version, buffer.clone()) for buffer in model.buffers()]
+    buffers = [
+        (module, name, buffer, None if buffer is None else buffer.clone())
+        for module in modes
+        for name, buffer in module._buffers.items()
+    ]
     devices = {p.device for p in model.parameters() if p.device.type not in ("cpu", "meta")}
     with ExitStack() as stack:
         for kind in {device.type for device in devices} or {"cpu"}:
@@ -153,9 +167,10 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
             for module, training in modes.items():
                 module.training = training
             with torch.no_grad():
-                for buffer, version, value in buffers:
-                    if buffer._version != version:
+                for module, name, buffer, value in buffers:
+                    if buffer is not None and value is not None:
                         buffer.copy_(value)
+                    module._buffers[name] = buffer
 
 
 def last_uses(layers: "Sequence[Layer]", trace: Trace) -> list[int | None]:
@@ -184,35 +199,24 @@ class OrderCheck:
 
     def __init__(self, model: nn.Module, layers: "Sequence[Layer]") -> None:
         self._layers = layers
-        self._time = 0
-        self._last_run: dict[Tensor, int] = {}
+        self._trace = Trace()
+        self._recording: ExitStack | None = None
         self._handles = [
-            module.register_forward_pre_hook(self._before)
-            for module in model.modules()
-            if module is not model and next(module.parameters(recurse=False), None) is not None
+            model.register_forward_pre_hook(self._before, prepend=True),
+            model.register_forward_hook(self._after, always_call=True),
         ]
-        self._handles.append(model.register_forward_hook(self._after))
 
-    def _before(self, module: nn.Module, args: object) -> None:
-        self._time += 1
-        for parameter in module.parameters(recurse=False):
-            self._last_run[parameter] = self._time
+    def _before(self, model: nn.Module, args: object) -> None:
+        if model.training and torch.is_grad_enabled() and self._recording is None:
+            self._recording = ExitStack()
+            self._recording.enter_context(self._trace.listening(model, running=True))
 
     def _after(self, model: nn.Module, args: object, output: object) -> None:
-        if not (model.training and torch.is_grad_enabled()):
-            self._last_run.clear()
-            return
-        self.remove()
-        check_order(
-            self._layers,
-            [
-                max(
-                    (self._last_run[p] for p in layer.parameters if p in self._last_run),
-                    default=None,
-                )
-                for layer in self._layers
-            ],
-        )
+        if self._recording is not None:
+            self._recording.close()
+            self.remove()
+            if output is not None:  # None after an exception, which is to be seen
+                check_order(self._layers, last_uses(self._layers, self._trace))
 
     def remove(self) -> None:
         """Stop checking."""
