@@ -3,7 +3,6 @@
 import sys
 import warnings
 from collections.abc import Callable
-from dataclasses import fields
 from pathlib import Path
 from typing import Annotated
 
@@ -34,25 +33,22 @@ def train(
 
     if resume is None:
         lab.train(config)
-        return
-    default = TrainConfig()
-    given = [f.name for f in fields(config) if getattr(config, f.name) != getattr(default, f.name)]
-    if given:
-        option = "--" + given[0].replace("_", "-")
-        raise InvalidValue(f"--resume takes the folder's own configuration; leave out {option}")
-    lab.resume(resume)
+    else:
+        lab.resume(resume)
 
 
 def main(argv: list[str] | None = None) -> None:
     """Run the command. Exit status: 0 done, 2 for a mistake in what it was given (one line says
     which), 128 + the signal's number when stopped."""
+    words = sys.argv[1:] if argv is None else argv
     app = tyro.extras.SubcommandApp()
     commands: list[Callable[..., None]] = [train]
     for command in commands:
         app.command(command)
     warnings.showwarning = _show_warning
     try:
-        app.cli(prog="freezeout", args=argv)
+        _check_resume_alone(words)
+        app.cli(prog="freezeout", args=words)
     except (FreezeOutError, OSError) as error:
         line = " ".join(str(error).split())
         print(f"freezeout: {line}", file=sys.stderr)
@@ -61,6 +57,14 @@ def main(argv: list[str] | None = None) -> None:
     except KeyboardInterrupt:
         print("freezeout: interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def _check_resume_alone(words: list[str]) -> None:
+    """An option beside --resume would be ignored, also where it repeats a default."""
+    options = [word.partition("=")[0] for word in words if word.startswith("--")]
+    others = [option for option in options if option not in ("--resume", "--help")]
+    if "--resume" in options and others:
+        raise InvalidValue(f"--resume takes the folder's own configuration; leave out {others[0]}")
 
 
 def _show_warning(message: Warning | str, *where: object, **more: object) -> None:

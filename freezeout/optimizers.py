@@ -169,11 +169,10 @@ class SplitOptimizer:
 
         @wraps(argument)
         def closure(*args: Any, **kwargs: Any) -> Any:
-            split = self.optimizer.param_groups
-            visible = self._visible
+            inside = self.optimizer.param_groups, self._visible, self._nested
             self._restore()
             result = argument(*args, **kwargs)
-            self.optimizer.param_groups, self._visible = split, visible
+            self.optimizer.param_groups, self._visible, self._nested = inside
             return result
 
         return closure

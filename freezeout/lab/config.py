@@ -4,7 +4,7 @@ line answers at once."""
 import math
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from ..errors import CheckpointError, InvalidType, InvalidValue
 from ..schedule import HowScale, Schedule, whole_number
@@ -75,7 +75,8 @@ class TrainConfig:
         """Raise InvalidValue or InvalidType for the first value that is not allowed."""
         for name in ("epochs", "batch_size"):
             whole_number(name, getattr(self, name))
-        whole_number("seed", self.seed, minimum=0)
+        if whole_number("seed", self.seed, minimum=0) >= 2**63:
+            raise InvalidValue(f"seed must be below 2**63, got {self.seed}")
         if self.steps is not None:
             whole_number("steps", self.steps)
         _check_number("lr", self.lr, 0, math.inf, above=True)
@@ -102,9 +103,11 @@ class TrainConfig:
         """The run folder: `out`, or a name made of what tells runs apart."""
         if self.out is not None:
             return self.out
-        size = "".join(f"-{n}" for n in (self.depth, self.growth, self.widen_factor) if n)
+        sizes = {"": self.depth, "k": self.growth, "w": self.widen_factor}
+        size = "".join(f"-{letter}{n}" for letter, n in sizes.items() if n is not None)
         if self.freezeout:
             strategy = f"{self.how_scale}-{self.t_0:g}" + ("" if self.scale_lr else "-unscaled")
+            strategy += "-const-time" if self.const_time else ""
         else:
             strategy = "baseline"
         model = self.model.replace("timm:", "").replace("/", "-")
@@ -124,8 +127,22 @@ class TrainConfig:
                 f"the run's configuration {'lacks' if odd in names else 'has'} {odd!r}: it was "
                 "written by another version"
             )
+        for field in fields(cls):
+            if not isinstance(values[field.name], _plain_types(field.type)):
+                raise CheckpointError(
+                    f"the run's configuration has {field.name} = {values[field.name]!r}, which "
+                    f"is no {field.type}"
+                )
         paths = {k: Path(values[k]) for k in ("data_dir", "out") if values[k] is not None}
         return cls(**(values | paths))
+
+
+def _plain_types(annotation: Any) -> tuple[type, ...]:
+    """What a field may be in JSON: a path is a string there, and a number may lack its point."""
+    plain = {Path: (str,), float: (float, int)}
+    return tuple(
+        each for kind in get_args(annotation) or (annotation,) for each in plain.get(kind, (kind,))
+    )
 
 
 def _check_number(name: str, value: object, low: float, high: float, above: bool = False) -> None:

@@ -56,6 +56,8 @@ class Job:
         self.config = config
         self.device = choose_device(config.device)
         self.precision = choose_precision(config.precision, self.device)
+        with torch.device("meta"):  # a mistake in the model is said before data are fetched
+            self.build_model(num_classes=10)
         self.data: ImageData = load_data(
             config.dataset,
             data_dir=config.data_dir,
@@ -66,16 +68,21 @@ class Job:
         # Faster than NCHW on recent CPUs and on tensor cores.
         self.channels_last = self.device.type in ("cpu", "cuda")
         torch.manual_seed(config.seed)
-        model = build_model(
+        model = self.build_model(self.data.num_classes)
+        memory_format = torch.channels_last if self.channels_last else torch.contiguous_format
+        self.model = model.to(self.device, memory_format=memory_format)  # type: ignore[call-overload]
+
+    def build_model(self, num_classes: int) -> nn.Module:
+        """The network that the options name, with random weights, on torch's default device."""
+        config = self.config
+        return build_model(
             config.model,
-            num_classes=self.data.num_classes,
+            num_classes=num_classes,
             depth=config.depth,
             growth=config.growth,
             widen_factor=config.widen_factor,
             dropout=config.dropout,
         )
-        memory_format = torch.channels_last if self.channels_last else torch.contiguous_format
-        self.model = model.to(self.device, memory_format=memory_format)  # type: ignore[call-overload]
 
     def plan(self) -> tuple[int, list[float] | None]:
         """How many epochs to train, and the measured seconds a step that say so, if they do."""
@@ -108,11 +115,11 @@ class Job:
             optimizer.step()
             optimizer.zero_grad()
 
-        generator = torch.get_rng_state()
+        state = random_state()  # dropout draws from it
         try:
             return measure_step_costs(step, freezer.layers, device=self.device)
         finally:
-            torch.set_rng_state(generator)
+            set_random_state(state)
 
     def total_steps(self, epochs: int) -> int:
         """Steps of the whole run."""
@@ -214,3 +221,18 @@ class Job:
         """Until the device has done what it was given."""
         if self.device.type != "cpu":
             torch.accelerator.synchronize(self.device)
+
+
+def random_state() -> dict[str, Any]:
+    """The state of torch's own generators, of the CPU and of CUDA devices."""
+    state: dict[str, Any] = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state_all()
+    return state
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    """Put back what `random_state` returned."""
+    torch.set_rng_state(state["cpu"].cpu())
+    if torch.cuda.is_available() and "cuda" in state:
+        torch.cuda.set_rng_state_all([each.cpu() for each in state["cuda"]])

@@ -7,6 +7,7 @@ finds the old content or the new one.
 import io
 import json
 import os
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -35,17 +36,31 @@ class RunFolder:
     def refuse_existing(path: Path) -> None:
         """InvalidValue if something of that name exists."""
         if path.exists():
-            raise InvalidValue(
-                f"run folder {path} exists; go on with --resume {path}, or choose another "
-                "with --out"
-            )
+            way_on = f"go on with {resume_command(path)}, or " if (path / CONFIG).exists() else ""
+            raise InvalidValue(f"run folder {path} exists; {way_on}choose another with --out")
 
     @classmethod
-    def create(cls, path: Path) -> "RunFolder":
-        """A new folder. InvalidValue if something of that name exists."""
+    def create(cls, path: Path, config: Mapping[str, Any]) -> "RunFolder":
+        """A new folder with its config.json. InvalidValue if something of that name exists; if
+        the file cannot be written, the folder is taken away again."""
         cls.refuse_existing(path)
         path.mkdir(parents=True)
-        return cls(path)
+        folder = cls(path)
+        try:
+            folder.write_config(config)
+        except OSError:
+            path.rmdir()
+            raise
+        return folder
+
+    def is_complete(self, rows: Sequence[Mapping[str, Any]]) -> bool:
+        """Whether the weights are there, and these metrics: all that is written last."""
+        metrics = self.path / METRICS
+        return (
+            (self.path / WEIGHTS).exists()
+            and metrics.exists()
+            and metrics.read_text() == _lines(rows)
+        )
 
     @classmethod
     def existing(cls, path: Path) -> "RunFolder":
@@ -70,7 +85,7 @@ class RunFolder:
 
     def write_metrics(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """One JSON object a line, one line an epoch."""
-        self._write(METRICS, "".join(json.dumps(row) + "\n" for row in rows).encode())
+        self._write(METRICS, _lines(rows).encode())
 
     def save_checkpoint(self, state: Mapping[str, Any]) -> None:
         """Replace the checkpoint, once the new one is whole and on the disk."""
@@ -113,3 +128,12 @@ class RunFolder:
             raise OSError(
                 error.errno, f"cannot write {self.path / name}: {error.strerror}"
             ) from error
+
+
+def resume_command(path: Path) -> str:
+    """What to type, into a shell, to go on with the run in `path`."""
+    return f"freezeout train --resume {shlex.quote(str(path))}"
+
+
+def _lines(rows: Sequence[Mapping[str, Any]]) -> str:
+    return "".join(json.dumps(row) + "\n" for row in rows)

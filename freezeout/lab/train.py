@@ -17,24 +17,20 @@ from statistics import median
 from types import FrameType
 from typing import Any
 
-import torch
-
 from ..errors import CheckpointError, FreezeOutError, InvalidValue
 from ..schedule import whole_number
 from .config import TrainConfig
 from .device import hardware
 from .display import Display
-from .job import Job, Sums
-from .run_folder import RunFolder
+from .job import Job, Sums, random_state, set_random_state
+from .run_folder import RunFolder, resume_command
 
 
 class Stopped(FreezeOutError):
     """The run was asked to stop, by Ctrl-C or SIGTERM, and has saved where it stands."""
 
     def __init__(self, folder: Path, step: int, number: int) -> None:
-        super().__init__(
-            f"stopped after step {step}; go on with: freezeout train --resume {folder}"
-        )
+        super().__init__(f"stopped after step {step}; go on with: {resume_command(folder)}")
         self.signal = number
 
 
@@ -47,45 +43,50 @@ def train(config: TrainConfig) -> Path:
     """
     config.check()
     RunFolder.refuse_existing(config.folder)  # before data is loaded; made once all else is well
+    if config.tensorboard:
+        _summary_writer()
     job = Job(config)
-    folder = RunFolder.create(config.folder)
     with _stop_signal() as stop:
         epochs, costs = job.plan()
-        folder.write_config(job.description(epochs, costs))
+        folder = RunFolder.create(config.folder, job.description(epochs, costs))
         return _Loop(job, folder, epochs, stop).run()
 
 
 def resume(path: Path) -> Path:
     """Go on with the run in the folder `path`, with its own configuration, to its end.
 
-    A run that had ended is left as it is. Raises as `train` does, and CheckpointError for a
-    folder without a run, a damaged checkpoint or one of another configuration.
+    A run that had ended is left as it is, and said to have. Raises as `train` does, and
+    CheckpointError for a folder without a run, a damaged checkpoint or one of another
+    configuration.
     """
     folder = RunFolder.existing(path)
     saved = folder.read_config()
     try:
-        resolved = saved["resolved"]
+        resolved, values = saved["resolved"], saved["config"]
         epochs = whole_number("epochs", resolved["epochs"])
-        config = replace(
-            TrainConfig.from_json(saved["config"]), out=path, precision=resolved["precision"]
-        )
+        asked = TrainConfig.from_json(values)
+        config = replace(asked, out=path, precision=resolved["precision"])
     except (KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path}/config.json is not a run's configuration") from error
     job = Job(config)
     state = folder.load_checkpoint(job.device)
+    if state is not None:
+        _check_same(state, values, epochs, path)
     with _stop_signal() as stop:
         loop = _Loop(job, folder, epochs, stop)
-        loop.identity = saved["config"]
+        loop.identity = values
         if state is not None:
-            _check_same(state.get("config"), saved["config"], path)
             loop.restore(state)
         return loop.run()
 
 
-def _check_same(theirs: Any, mine: dict[str, Any], path: Path) -> None:
+def _check_same(state: dict[str, Any], mine: dict[str, Any], epochs: int, path: Path) -> None:
+    theirs = state.get("config")
     if not isinstance(theirs, dict):
         raise CheckpointError(f"{path}/checkpoint.pt is no checkpoint of a run")
-    for name, value in mine.items():
+    # The number of epochs that --const-time or --steps made of those asked for.
+    theirs = {**theirs, "resolved epochs": state.get("epochs")}
+    for name, value in {**mine, "resolved epochs": epochs}.items():
         if theirs.get(name) != value:
             raise CheckpointError(
                 f"{path}/checkpoint.pt is of another configuration: its {name} is "
@@ -111,6 +112,7 @@ class _Loop:
         self.folder.save_checkpoint(
             {
                 "config": self.identity,
+                "epochs": self.epochs,
                 "epoch": self.epoch,
                 "batch": self.batch,
                 "rows": self.rows,
@@ -118,7 +120,7 @@ class _Loop:
                 "model": self.job.model.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
                 "freezer": self.freezer.state_dict(),
-                "random": _random_state(),
+                "random": random_state(),
             }
         )
 
@@ -130,7 +132,7 @@ class _Loop:
             self.freezer.load_state_dict(state["freezer"])
             self.rows, self.epoch, self.batch = state["rows"], state["epoch"], state["batch"]
             self.sums = Sums(**state["sums"])
-            _set_random_state(state["random"])
+            set_random_state(state["random"])
         except FreezeOutError:
             raise
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
@@ -139,12 +141,15 @@ class _Loop:
                 f"{self.folder.path}/checkpoint.pt does not fit this run: "
                 f"{type(error).__name__}: {cause}"
             ) from error
-        # A kill may have come between the checkpoint and the metrics.
-        self.folder.write_metrics(self.rows)
 
     def run(self) -> Path:
         """Train what is left, write the weights, and return the folder."""
         job, freezer, path = self.job, self.freezer, self.folder.path
+        if self.epoch == self.epochs and self.folder.is_complete(self.rows):
+            print(f"{path} has been trained to its end; nothing is left to do")
+            return path
+        # A kill may have come between the checkpoint and the metrics.
+        self.folder.write_metrics(self.rows)
         writer = _tensorboard(job.config, path, self.epoch)
         display = Display(self.total_steps, freezer.step_count, len(freezer.layers))
         self.introduce(display)
@@ -184,7 +189,7 @@ class _Loop:
             sums.add(loss, logits, y)
             self.batch += 1
             sums.step_seconds.append(time.perf_counter() - before)
-            if display.live and number % 10 == 0:
+            if display.live and (number % 10 == 0 or number == steps - 1):
                 display.step(freezer.step_count, label, loss.item(), freezer.num_frozen)
             if self.stop.signal is not None:
                 break
@@ -207,6 +212,8 @@ class _Loop:
                 f"try a lower --lr than {self.job.config.lr:g}"
             )
         valid_loss, valid_error = heldout or (None, None)
+        if valid_loss is not None and not math.isfinite(valid_loss):
+            valid_loss = None  # JSON has no infinity
         freezer, lr = self.freezer, self.job.config.lr
         # In the epoch's last update, of the layers that were trained in it.
         factors = freezer.schedule.factors(
@@ -251,20 +258,7 @@ class _Loop:
                 f"layers freeze from step {freezes[0]} to step {freezes[-1]}; the largest "
                 f"starting rate is {rates * config.lr:.4g}"
             )
-        display.say(f"if it is stopped, go on with: freezeout train --resume {self.folder.path}")
-
-
-def _random_state() -> dict[str, Any]:
-    state: dict[str, Any] = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state_all()
-    return state
-
-
-def _set_random_state(state: dict[str, Any]) -> None:
-    torch.set_rng_state(state["cpu"].cpu())
-    if torch.cuda.is_available() and "cuda" in state:
-        torch.cuda.set_rng_state_all([each.cpu() for each in state["cuda"]])
+        display.say(f"if it is stopped, go on with: {resume_command(self.folder.path)}")
 
 
 class _Stop:
@@ -298,12 +292,16 @@ def _stop_signal() -> Iterator[_Stop]:
 def _tensorboard(config: TrainConfig, path: Path, first_epoch: int) -> Any:
     if not config.tensorboard:
         return None
+    # Epochs after the checkpoint, written before a kill, are shown once.
+    return _summary_writer()(path, purge_step=first_epoch + 1)
+
+
+def _summary_writer() -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise InvalidValue("--tensorboard needs: pip install 'freezeout[tensorboard]'") from error
-    # Epochs after the checkpoint, written before a kill, are shown once.
-    return SummaryWriter(path, purge_step=first_epoch + 1)
+    return SummaryWriter
 
 
 def _write_scalars(writer: Any, row: dict[str, Any]) -> None:
