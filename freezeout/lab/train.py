@@ -77,6 +77,11 @@ def resume(path: Path) -> Path:
         loop.identity = values
         if state is not None:
             loop.restore(state)
+            if loop.epoch == epochs and folder.is_complete(loop.rows):
+                print(f"{path} has been trained to its end; nothing is left to do")
+                return path
+            # A kill may have come between the checkpoint and the metrics.
+            folder.write_metrics(loop.rows)
         return loop.run()
 
 
@@ -145,11 +150,6 @@ class _Loop:
     def run(self) -> Path:
         """Train what is left, write the weights, and return the folder."""
         job, freezer, path = self.job, self.freezer, self.folder.path
-        if self.epoch == self.epochs and self.folder.is_complete(self.rows):
-            print(f"{path} has been trained to its end; nothing is left to do")
-            return path
-        # A kill may have come between the checkpoint and the metrics.
-        self.folder.write_metrics(self.rows)
         writer = _tensorboard(job.config, path, self.epoch)
         display = Display(self.total_steps, freezer.step_count, len(freezer.layers))
         self.introduce(display)
