@@ -22,7 +22,7 @@ _WATCHED = 20  # steps after which missing updates are told
 class EngagedCheck:
     """Looks, in one training forward pass after each freeze, whether freezing did its work.
 
-    Armed, it has hooks on the modules; after one forward pass they are gone, and it costs nothing.
+    Armed, it has two hooks on the model; after that forward pass they are gone.
     What it finds it warns of, once a kind, naming the module and the culprit. Reentrant activation
     checkpointing is refused, in the first training forward pass of all.
 
@@ -32,61 +32,70 @@ class EngagedCheck:
 
     def __init__(self, model: nn.Module | None, layers: Sequence[Layer]) -> None:
         self._model, self._layers = model, layers
-        self._handles: list[RemovableHandle] = []
+        self._handles: list[RemovableHandle] = []  # on the model, while armed
+        self._inside: list[RemovableHandle] = []  # on its parts, for one forward pass
         self._names: dict[nn.Module, str] = {}  # of the layers of modules with hooks
         self._active = False  # a training forward pass is running
         self._found: dict[str, str] = {}  # what is wrong with it: kind, message
         self._told: set[str] = set()
-        self._counters: list[tuple[str, Tensor, Tensor]] = []
+        # Of frozen norms: layer, batches counted, and how many they were; None: not yet known.
+        self._counters: list[tuple[str, Tensor, Tensor]] | None = None
         self.to_verify = False
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A copy of the model made while armed carries hooks that do nothing."""
         return EngagedCheck, (None, ())
 
-    def arm(self) -> None:
-        """Look at the next training forward pass, and at frozen norms after the next update."""
-        self.disarm()
+    def arm(self, loaded: bool = False) -> None:
+        """Look at the next training forward pass, and at frozen norms over the next update; or,
+        when a state was `loaded`, over the one after it: the model's own may yet be loaded."""
         if self._model is None:
             return
-        self._counters = [
-            (layer.name, counter, counter.clone())
-            for layer in self._layers
-            if layer.is_frozen
-            for module in layer.modules
-            if isinstance(counter := getattr(module, "num_batches_tracked", None), Tensor)
-        ]
-        self.to_verify = bool(self._counters)
-        self._handles = [
-            self._model.register_forward_pre_hook(self._begin, prepend=True),
-            self._model.register_forward_hook(self._end, always_call=True),
-        ]
-        compiled = set(_compiled(self._model))
+        self._counters = None if loaded else self._count()
+        self.to_verify = True
+        if not self._handles:
+            self._handles = [
+                self._model.register_forward_pre_hook(self._begin, prepend=True),
+                self._model.register_forward_hook(self._end, always_call=True),
+            ]
+
+    def _look_inside(self, model: nn.Module) -> Iterator[RemovableHandle]:
+        """Hooks for one forward pass, which has begun: what is compiled is known by now."""
+        compiled = set(_compiled(model))
         for layer in self._layers:
             for module in layer.boundary if layer.is_frozen else layer.modules:
-                if module is self._model or module in compiled:
+                if module is model or module in compiled:
                     continue
                 self._names[module] = layer.name
                 if layer.is_frozen:
-                    before = module.register_forward_pre_hook(
+                    yield module.register_forward_pre_hook(
                         self._enter_frozen, prepend=True, with_kwargs=True
                     )
-                    self._handles += [before, module.register_forward_hook(self._leave_frozen)]
+                    yield module.register_forward_hook(self._leave_frozen)
                 else:
-                    self._handles.append(module.register_forward_pre_hook(self._enter_trained))
+                    yield module.register_forward_pre_hook(self._enter_trained)
 
     def disarm(self) -> None:
         """Stop looking; take every hook away."""
+        self._leave()
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        self._counters, self.to_verify = None, False
+
+    def _leave(self) -> None:
+        """Take the hooks of one forward pass away."""
+        for handle in self._inside:
+            handle.remove()
+        self._inside.clear()
         self._names.clear()
-        self._found.clear()
-        self._counters.clear()
-        self._active = self.to_verify = False
+        self._active = False
 
     def verify(self) -> None:
         """After the update that follows a freeze: no frozen norm has counted a batch."""
+        if self._counters is None:
+            self._counters = self._count()
+            return
         for name, counter, before in self._counters:
             if not torch.equal(counter, before):
                 self._find(
@@ -95,15 +104,25 @@ class EngagedCheck:
                     "from before the freeze still runs: a stale compiled graph "
                     "(skip_guard_eval_unsafe, a CUDA graph), or `.training` set by hand",
                 )
-                break
-        self._counters.clear()
-        self.to_verify = False
+        self._counters, self.to_verify = None, False
         self._tell()
+
+    def _count(self) -> list[tuple[str, Tensor, Tensor]]:
+        return [
+            (layer.name, counter, counter.clone())
+            for layer in self._layers
+            if layer.is_frozen
+            for module in layer.modules
+            if isinstance(counter := getattr(module, "num_batches_tracked", None), Tensor)
+        ]
 
     def _begin(self, model: nn.Module, args: object) -> None:
         if torch.compiler.is_compiling() or self._model is None:
             return
+        self._leave()
         self._active = model.training and torch.is_grad_enabled()
+        if self._active:
+            self._inside += self._look_inside(model)
 
     def _enter_trained(self, module: nn.Module, args: object) -> None:
         if torch.compiler.is_compiling() or not self._active or torch.is_grad_enabled():
@@ -138,11 +157,11 @@ class EngagedCheck:
     def _end(self, model: nn.Module, args: object, output: Any) -> None:
         if torch.compiler.is_compiling() or not self._active:
             return
-        self._active = False
+        self._leave()
         if output is None:  # an exception, which is to be seen
             return
-        names = {p: name for name, p in model.named_parameters()}
-        frozen = {
+        names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
+        frozen: dict[Tensor, str] = {
             p: layer.name for layer in self._layers if layer.is_frozen for p in layer.parameters
         }
         for parameter, layer in frozen.items():
@@ -170,13 +189,14 @@ class EngagedCheck:
                 f"frozen layers ({len(set(frozen.values()))} of them): a stale compiled graph "
                 "(skip_guard_eval_unsafe); compile again",
             )
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
         self._tell()
-        counters, to_verify = self._counters[:], self.to_verify
-        self.disarm()
-        self._counters, self.to_verify = counters, to_verify
 
     def _find(self, kind: str, message: str) -> None:
-        self._found.setdefault(kind, message)
+        if not self._found:  # what follows may well be the same culprit's
+            self._found[kind] = message
 
     def _tell(self) -> None:
         for kind, message in self._found.items():
@@ -186,7 +206,7 @@ class EngagedCheck:
         self._found.clear()
 
     def _refuse_reentrant(self, what: str) -> None:
-        self._active = False
+        self._leave()
         raise FreezeOutError(
             f"{what} runs under reentrant activation checkpointing, which gives no gradient to "
             "what it runs where no input requires one; behind frozen layers none does, and the "
@@ -239,7 +259,7 @@ def _is_stale(node: Any) -> bool:
     """Whether a compiled graph was made for more inputs that require gradients than it got."""
     metadata = getattr(getattr(node, "_forward_cls", None), "metadata", None)
     wanted = sum(info.requires_grad for info in getattr(metadata, "input_info", ()))
-    return wanted > sum(following is not None for following, _ in node.next_functions)
+    return bool(wanted > sum(following is not None for following, _ in node.next_functions))
 
 
 def check_unchanged(

@@ -228,7 +228,7 @@ class FreezeOut:
         self._counts = {int(depth): count for depth, count in state.get("counts", {}).items()}
         self._clock = None
         self._factors_at = None
-        self._apply(self.num_frozen)
+        self._apply(self.num_frozen, loaded=True)
 
     def release(self) -> None:
         """Give the model and the optimizers back as ordinary ones: every layer trains again,
@@ -325,7 +325,7 @@ class FreezeOut:
             trained = [1.0] * len(ends)
         return (0.0,) * num_frozen + tuple(trained)
 
-    def _apply(self, num_frozen: int) -> None:
+    def _apply(self, num_frozen: int, loaded: bool = False) -> None:
         """Freeze the first layers and no others."""
         for i, layer in enumerate(self.layers):
             if i < num_frozen and not layer.is_frozen:
@@ -336,7 +336,7 @@ class FreezeOut:
                 layer.unfreeze(self.model.training)
         for optimizer in self._optimizers:
             optimizer.settle()
-        self._engaged.arm()
+        self._engaged.arm(loaded)
 
     def _watch_updates(self, watch: UpdateWatch) -> None:
         updates = sum(optimizer.updates for optimizer in self._optimizers)

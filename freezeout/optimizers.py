@@ -194,13 +194,14 @@ class SplitOptimizer:
 
     def _ignore_scaler(self, optimizer: Optimizer) -> None:
         """Hide the scale from an optimizer that only passes for one that unscales by itself."""
-        scaled = optimizer.__dict__.get("grad_scale") is not None
+        scaled = optimizer.__dict__.get("found_inf") is not None  # a scaler calls
         if any(part.size for part in self._split):  # a group was added since
             self._set_idle(False)
             if scaled:
+                del optimizer.grad_scale, optimizer.found_inf  # type: ignore[attr-defined]
                 raise FreezeOutError(
                     f"a group was added to this {type(optimizer).__name__} when all its layers "
-                    "were frozen, and its gradients are still scaled: skip this step"
+                    "were frozen, and its gradients may still be scaled: skip this step"
                 )
         elif scaled:
             optimizer.grad_scale = optimizer.found_inf = None  # type: ignore[attr-defined]

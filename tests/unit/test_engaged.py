@@ -55,7 +55,7 @@ def test_one_training_forward_pass_is_looked_at_and_no_more() -> None:
         step()
     detaching = sum(2 * len(layer.boundary) for layer in freezer.layers[:1])
     assert freezer.num_frozen == 1
-    assert hooks(model) > detaching
+    assert hooks(model) == detaching + 2
     step()
     assert hooks(model) == detaching
 
@@ -194,13 +194,18 @@ def test_a_tensor_kept_from_before_the_freeze_is_found_by_its_parameters() -> No
     optimizer = SGD(model.parameters(), 0.1)
     x = vectors(0)[0]
     freezer = FreezeOut(model, optimizer, STEPS, schedule=EARLY, example_inputs=x)
+
+    def step() -> None:
+        model(x).square().mean().backward(retain_graph=True)
+        for p in model.parameters():  # so that the kept graph stays valid
+            p.grad = None
+        optimizer.step()
+        freezer.step()
+
+    while freezer.num_frozen == 0:
+        step()
     with pytest.warns(UserWarning, match=r"parameter 'a\.\w+' of frozen layer 'a' is still in the"):
-        for _ in range(9):
-            model(x).square().mean().backward(retain_graph=True)
-            for p in model.parameters():  # so that the kept graph stays valid
-                p.grad = None
-            optimizer.step()
-            freezer.step()
+        step()
 
 
 def test_training_set_by_hand_wakes_a_norm_and_is_found() -> None:
@@ -209,6 +214,7 @@ def test_training_set_by_hand_wakes_a_norm_and_is_found() -> None:
     for _ in range(8):
         step()
     model[1].training = True  # not through train(), which frozen modules withstand
+    model.train = lambda mode=True: model  # type: ignore[method-assign]
     with pytest.warns(UserWarning, match="norm of frozen layer '0' counted another batch"):
         step()
 
@@ -257,6 +263,27 @@ def test_a_stale_graph_of_a_model_compiled_from_outside_is_found_by_its_norms() 
         step()
 
 
+class Branch(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(5, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.linear(x).relu()  # type: ignore[no-any-return]
+
+
+class Stack(nn.Module):
+    def __init__(self, blocks: list[Branch]) -> None:
+        super().__init__()
+        self.blocks, self.head = nn.ModuleList(blocks), nn.Linear(5, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x)  # type: ignore[no-any-return]
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # dynamo's own
 def test_the_check_costs_no_compilation() -> None:
     """As many graphs as without it, for blocks compiled alone and for the model as a whole."""
 
@@ -269,8 +296,8 @@ def test_the_check_costs_no_compilation() -> None:
             made += 1
             return graph.forward
 
-        blocks = [nn.Sequential(nn.Linear(5, 5), nn.ReLU()) for _ in range(3)]
-        model = nn.Sequential(*blocks, nn.Linear(5, 2))
+        blocks = [Branch() for _ in range(3)]
+        model = Stack(blocks)
         freezer, step = setup(model, vectors(0)[0])
         if not check:
             freezer._engaged.disarm()
@@ -299,10 +326,8 @@ class Checkpointed(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         for layer in self.layers:
-            if self.inside:
-                x = layer[2](self._run(layer[:2], x))  # type: ignore[index]
-            else:
-                x = self._run(layer, x)
+            inner, outer = (layer[:2], layer[2]) if self.inside else (layer, nn.Identity())  # type: ignore[index]
+            x = outer(self._run(inner, x))
         return self.head(x)  # type: ignore[no-any-return]
 
     def _run(self, part: nn.Module, x: Tensor) -> Tensor:
@@ -332,9 +357,9 @@ def test_non_reentrant_checkpointing_freezes_and_trains(inside: bool) -> None:
         optimizer = SGD(each.parameters(), 0.1)
         freezer = FreezeOut(each, optimizer, STEPS, schedule=EARLY, example_inputs=vectors(0)[0])
         if each is plain:
-            plain.train = lambda mode=True: plain  # type: ignore[method-assign,assignment]
+            plain.train = lambda mode=True: plain  # type: ignore[method-assign]
         run(each, [optimizer], freezer, vectors, range(STEPS))
-        assert freezer.num_frozen == 3
+        assert freezer.num_frozen == len(freezer.layers) - 1
     assert all(map(torch.equal, model.parameters(), plain.parameters()))
 
 
@@ -449,17 +474,20 @@ def test_a_model_changed_after_construction_is_refused_by_name(
     change(model)
     with pytest.raises(FreezeOutError, match=message):
         freezer.load_state_dict(state)
+    refused = 0 if at == 0 else 7 if at == 5 else 11  # at the first step, and at freezes
+    for _ in range(at, refused):
+        freezer.step()
     with pytest.raises(FreezeOutError, match=message):
-        for _ in range(12):
-            freezer.step()
-    assert freezer.step_count in (at, 7, 11)  # nothing of the refused step was done
+        freezer.step()
+    assert freezer.step_count == refused  # nothing of the refused step was done
     freezer.release()
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # dynamo's own
 def test_a_module_wrapped_after_construction_is_the_same_model() -> None:
     model = conv_net()
     freezer, step = setup(model, images(0)[0])
-    model[4] = torch.compile(model[4], backend="eager")
+    model[4] = torch.compile(model[4], backend="eager")  # type: ignore[assignment]
     for _ in range(STEPS):
         step()
     assert freezer.num_frozen == 3
