@@ -12,7 +12,8 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from .errors import CheckpointError, FreezeOutError, InvalidType, InvalidValue
+from .checks import EngagedCheck, UpdateWatch, check_state, check_unchanged
+from .errors import FreezeOutError, InvalidType, InvalidValue
 from .layers import ExampleInputs, Layer, OrderCheck, find_layers, given_layers
 from .layers.layer import merged
 from .optimizers import SplitOptimizer, check_optimizers
@@ -116,6 +117,11 @@ class FreezeOut:
             for each in optimizers
         ]
         self._order_check = None if example_inputs is not None else OrderCheck(model, self.layers)
+        self._names = {parameter: name for name, parameter in model.named_parameters()}
+        self._looked = False  # whether the model was changed
+        self._watch: UpdateWatch | None = UpdateWatch()
+        self._engaged = EngagedCheck(model, self.layers)
+        self._engaged.arm()
 
     # --- where the run stands -----------------------------------------------------------
 
@@ -150,6 +156,8 @@ class FreezeOut:
 
         Raises:
             FreezeOutError: the run's `total_steps` steps have been made, or after `release()`.
+            InvalidValue: the model has other parameters or modules than it had at first (looked
+                for in the first step and when a layer freezes).
         """
         if self._released:
             raise FreezeOutError(
@@ -161,10 +169,17 @@ class FreezeOut:
                 "run, build a FreezeOut with the new total_steps and load this one's state with "
                 "allow_schedule_change=True"
             )
+        if self._watch is not None:
+            self._watch_updates(self._watch)
+        if self._engaged.to_verify:
+            self._engaged.verify()
         before = self.num_frozen
+        after = self._num_frozen_at(self._step + 1)
+        if after != before or not self._looked:
+            check_unchanged(self.model, self.layers, self._names)
+            self._looked = True
         self._record_duration(before)
         self._step += 1
-        after = self._num_frozen_at(self._step)
         if after != before:
             self._apply(after)
         return self.layers[before:after]
@@ -202,28 +217,8 @@ class FreezeOut:
         if self._released:
             raise FreezeOutError("load_state_dict() after release()")
         mine = self._configuration()
-        missing = [key for key in ("step", "num_frozen", "kept_frozen", *mine) if key not in state]
-        if missing:
-            raise CheckpointError(f"this is no FreezeOut state: it has no {missing[0]!r}")
-        if state["layers"] != mine["layers"]:
-            raise CheckpointError(
-                "the checkpoint is of other layers: it has "
-                f"{_first_difference(state['layers'], mine['layers'])}"
-            )
-        changed = {key for key in mine if state[key] != mine[key]}
-        if changed and not allow_schedule_change:
-            differences = "; ".join(
-                f"{key} was {state[key]!r} and is now {mine[key]!r}" for key in sorted(changed)
-            )
-            raise CheckpointError(
-                f"the checkpoint is of another schedule: {differences} (to go on with the new "
-                "one, pass allow_schedule_change=True)"
-            )
-        if not 0 <= state["step"] <= self.total_steps:
-            raise CheckpointError(
-                f"the checkpoint is at step {state['step']} of a run that now has "
-                f"total_steps = {self.total_steps}"
-            )
+        changed = check_state(state, mine, allow_schedule_change)
+        check_unchanged(self.model, self.layers, self._names)
         self._step = state["step"]
         self._kept_frozen = state["num_frozen"] if changed else state["kept_frozen"]
         self._seconds = {
@@ -233,7 +228,7 @@ class FreezeOut:
         self._counts = {int(depth): count for depth, count in state.get("counts", {}).items()}
         self._clock = None
         self._factors_at = None
-        self._apply(self.num_frozen)
+        self._apply(self.num_frozen, loaded=True)
 
     def release(self) -> None:
         """Give the model and the optimizers back as ordinary ones: every layer trains again,
@@ -242,6 +237,7 @@ class FreezeOut:
             return
         self._released = True
         self._apply(0)
+        self._engaged.disarm()
         for optimizer in self._optimizers:
             optimizer.detach()
         if self._order_check is not None:
@@ -329,7 +325,7 @@ class FreezeOut:
             trained = [1.0] * len(ends)
         return (0.0,) * num_frozen + tuple(trained)
 
-    def _apply(self, num_frozen: int) -> None:
+    def _apply(self, num_frozen: int, loaded: bool = False) -> None:
         """Freeze the first layers and no others."""
         for i, layer in enumerate(self.layers):
             if i < num_frozen and not layer.is_frozen:
@@ -338,6 +334,14 @@ class FreezeOut:
                     optimizer.drop_state(layer.parameters)
             elif i >= num_frozen and layer.is_frozen:
                 layer.unfreeze(self.model.training)
+        for optimizer in self._optimizers:
+            optimizer.settle()
+        self._engaged.arm(loaded)
+
+    def _watch_updates(self, watch: UpdateWatch) -> None:
+        updates = sum(optimizer.updates for optimizer in self._optimizers)
+        if not watch.count(updates):
+            self._watch = None
 
     def _configuration(self) -> dict[str, Any]:
         schedule = asdict(self.schedule)
@@ -379,13 +383,6 @@ def _counted(found: list[Layer], optimizers: Sequence[Optimizer]) -> list[Layer]
     if waiting:
         counted[-1] = merged(counted[-1].name, [counted[-1], *waiting])
     return counted
-
-
-def _first_difference(theirs: list[str], mine: list[str]) -> str:
-    for i, (a, b) in enumerate(zip(theirs, mine, strict=False)):
-        if a != b:
-            return f"{a!r} as layer {i}, this model {b!r}"
-    return f"{len(theirs)} layers, this model {len(mine)}"
 
 
 def _duration(seconds: float) -> str:

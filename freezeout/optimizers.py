@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from .errors import InvalidType, InvalidValue
+from .errors import FreezeOutError, InvalidType, InvalidValue
 
 Group = dict[str, Any]
 
@@ -89,6 +89,9 @@ class SplitOptimizer:
             optimizer.register_step_post_hook(self._after),
             optimizer.register_load_state_dict_post_hook(self._loaded),
         ]
+        self.updates = 0  # calls of the optimizer's step
+        self._idle = False  # all of its layers are frozen
+        self._unscales: bool | None = None  # what it said of itself before
         self._own_step = optimizer.__dict__.get("step")
         optimizer.step = MethodType(self._restoring(optimizer.step), optimizer)  # type: ignore[method-assign]
         _ATTACHED.add(optimizer)
@@ -105,9 +108,33 @@ class SplitOptimizer:
         for parameter in parameters:
             self.optimizer.state.pop(parameter, None)
 
+    def settle(self) -> None:
+        """After layers have frozen or come back: tell gradient scalers, which insist on finding a
+        gradient in each optimizer, whether there will be any."""
+        num_frozen = self._num_frozen()
+        groups = self.optimizer.param_groups
+        self._set_idle(
+            all(self._layer(p) < num_frozen for group in groups for p in group["params"])
+        )
+
+    def _set_idle(self, idle: bool) -> None:
+        if idle == self._idle:
+            return
+        self._idle = idle
+        own = self.optimizer.__dict__
+        if idle:
+            # Of an optimizer that unscales by itself they ask for none.
+            self._unscales = own.get("_step_supports_amp_scaling")
+            own["_step_supports_amp_scaling"] = True
+        elif self._unscales is None:
+            own.pop("_step_supports_amp_scaling", None)
+        else:
+            own["_step_supports_amp_scaling"] = self._unscales
+
     def detach(self) -> None:
         """Give the optimizer back as it was."""
         self._restore()
+        self._set_idle(False)
         for handle in self._handles:
             handle.remove()
         # A scheduler built since may have wrapped our step; then it stays, and does nothing.
@@ -152,15 +179,32 @@ class SplitOptimizer:
                 self._nested += 1
                 return args, kwargs
             self._restore()  # a step that failed where our wrapper had been replaced
+        self.updates += 1
         factors = self._factors()
         groups = optimizer.param_groups
         self._refresh(groups)
+        if self._idle:
+            self._ignore_scaler(optimizer)
         for part in self._split:
             part.fill(factors[part.layer])
         self._visible = groups
         optimizer.param_groups = [part.group for part in self._split]
         # args[0] is the optimizer: the hook sees the arguments of the unbound method.
         return tuple(map(self._outside, args)), {k: self._outside(v) for k, v in kwargs.items()}
+
+    def _ignore_scaler(self, optimizer: Optimizer) -> None:
+        """Hide the scale from an optimizer that only passes for one that unscales by itself."""
+        scaled = optimizer.__dict__.get("found_inf") is not None  # a scaler calls
+        if any(part.size for part in self._split):  # a group was added since
+            self._set_idle(False)
+            if scaled:
+                del optimizer.grad_scale, optimizer.found_inf  # type: ignore[attr-defined]
+                raise FreezeOutError(
+                    f"a group was added to this {type(optimizer).__name__} when all its layers "
+                    "were frozen, and its gradients may still be scaled: skip this step"
+                )
+        elif scaled:
+            optimizer.grad_scale = optimizer.found_inf = None  # type: ignore[attr-defined]
 
     def _outside(self, argument: Any) -> Any:
         """A closure sees the user's groups, as it would without FreezeOut."""
@@ -215,6 +259,7 @@ class _Part:
 
     def __init__(self, layer: int, origin: Group, parameters: list[nn.Parameter]) -> None:
         self.layer, self._origin, self._parameters = layer, origin, parameters
+        self.size = len(parameters)
         self.group: Group = {}
         self._given: Group = {}
 

@@ -3,10 +3,16 @@
 from collections.abc import Iterable
 from functools import partial
 from typing import Any
+from weakref import WeakSet
 
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 from torch.utils.hooks import RemovableHandle
+
+from ..errors import FreezeOutError
+
+# Frozen modules, to tell them from their copies.
+_FROZEN: WeakSet[nn.Module] = WeakSet()
 
 
 class Layer:
@@ -65,6 +71,9 @@ class Layer:
             module.training = False
             # In the instance's dictionary, where copies and pickles of the model keep it.
             module.__dict__["train"] = partial(_stay_in_evaluation, module)
+            if hasattr(module, "reset_running_stats"):
+                module.__dict__["reset_running_stats"] = partial(_reset_if_copy, module)
+            _FROZEN.add(module)
         for module in self.boundary:
             self._handles += [
                 module.register_forward_pre_hook(_detach_inputs, with_kwargs=True),
@@ -84,6 +93,8 @@ class Layer:
             handle.remove()
         for module in self.modules:
             del module.__dict__["train"]
+            module.__dict__.pop("reset_running_stats", None)
+            _FROZEN.discard(module)
             module.training = training and module not in self._kept
         self._stopped, self._kept, self._handles, self.is_frozen = (), set(), [], False
 
@@ -109,6 +120,22 @@ def _stay_in_evaluation(module: nn.Module, mode: bool = True) -> nn.Module:
     for child in module.children():
         child.train(mode)
     return module
+
+
+def _reset_if_copy(module: nn.Module) -> None:
+    """Stands in for a frozen norm's `reset_running_stats`, which `update_bn` calls.
+
+    A copy (an averaged model's) has other weights than the frozen ones, and so needs statistics
+    of its own: it wakes up. Those of the model in training are frozen."""
+    if module in _FROZEN:
+        raise FreezeOutError(
+            f"the statistics of a frozen {type(module).__name__} were to be reset: update_bn() on "
+            "a model with frozen layers would leave them at zero; call it on an averaged copy, or "
+            "call FreezeOut.release() first"
+        )
+    for name in ("train", "reset_running_stats"):
+        del module.__dict__[name]
+    module.reset_running_stats()  # type: ignore[operator]
 
 
 def _detach(value: Any) -> Any:

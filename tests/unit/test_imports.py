@@ -15,7 +15,7 @@ ORDER = [
     {"errors"},
     {"schedule", "cost"},
     {"layers"},
-    {"optimizers"},
+    {"optimizers", "checks"},
     {"freezer"},
     {"parallel", "cache", "profile"},
     {"integrations"},

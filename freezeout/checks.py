@@ -1,0 +1,367 @@
+"""What FreezeOut checks as it goes: that freezing engaged, that the model is still the one it was
+built for, that a state is of the same run, and that updates are counted, not micro-batches."""
+
+import sys
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import CheckpointFunction
+from torch.utils.hooks import RemovableHandle
+
+from .errors import CheckpointError, FreezeOutError, InvalidValue
+from .layers import Layer
+
+_WATCHED = 20  # steps after which missing updates are told
+
+
+class EngagedCheck:
+    """Looks, in one training forward pass after each freeze, whether freezing did its work.
+
+    Armed, it has two hooks on the model; after that forward pass they are gone.
+    What it finds it warns of, once a kind, naming the module and the culprit. Reentrant activation
+    checkpointing is refused, in the first training forward pass of all.
+
+    It sees what runs eagerly. Inside a graph of `torch.compile` its hooks do nothing (and so are
+    no reason to compile again); there `verify()`, after the update, sees frozen norms that move.
+    """
+
+    def __init__(self, model: nn.Module | None, layers: Sequence[Layer]) -> None:
+        self._model, self._layers = model, layers
+        self._handles: list[RemovableHandle] = []  # on the model, while armed
+        self._inside: list[RemovableHandle] = []  # on its parts, for one forward pass
+        self._names: dict[nn.Module, str] = {}  # of the layers of modules with hooks
+        self._active = False  # a training forward pass is running
+        self._found: dict[str, str] = {}  # what is wrong with it: kind, message
+        self._told: set[str] = set()
+        # Of frozen norms: layer, batches counted, and how many they were; None: not yet known.
+        self._counters: list[tuple[str, Tensor, Tensor]] | None = None
+        self.to_verify = False
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy of the model made while armed carries hooks that do nothing."""
+        return EngagedCheck, (None, ())
+
+    def arm(self, loaded: bool = False) -> None:
+        """Look at the next training forward pass, and at frozen norms over the next update; or,
+        when a state was `loaded`, over the one after it: the model's own may yet be loaded."""
+        if self._model is None:
+            return
+        self._counters = None if loaded else self._count()
+        self.to_verify = True
+        if not self._handles:
+            self._handles = [
+                self._model.register_forward_pre_hook(self._begin, prepend=True),
+                self._model.register_forward_hook(self._end, always_call=True),
+            ]
+
+    def _look_inside(self, model: nn.Module) -> Iterator[RemovableHandle]:
+        """Hooks for one forward pass, which has begun: what is compiled is known by now."""
+        compiled = set(_compiled(model))
+        for layer in self._layers:
+            for module in layer.boundary if layer.is_frozen else layer.modules:
+                if module is model or module in compiled:
+                    continue
+                self._names[module] = layer.name
+                if layer.is_frozen:
+                    yield module.register_forward_pre_hook(
+                        self._enter_frozen, prepend=True, with_kwargs=True
+                    )
+                    yield module.register_forward_hook(self._leave_frozen)
+                else:
+                    yield module.register_forward_pre_hook(self._enter_trained)
+
+    def disarm(self) -> None:
+        """Stop looking; take every hook away."""
+        self._leave()
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._counters, self.to_verify = None, False
+
+    def _leave(self) -> None:
+        """Take the hooks of one forward pass away."""
+        for handle in self._inside:
+            handle.remove()
+        self._inside.clear()
+        self._names.clear()
+        self._active = False
+
+    def verify(self) -> None:
+        """After the update that follows a freeze: no frozen norm has counted a batch."""
+        if self._counters is None:
+            self._counters = self._count()
+            return
+        for name, counter, before in self._counters:
+            if not torch.equal(counter, before):
+                self._find(
+                    "stale",
+                    f"a norm of frozen layer {name!r} counted another batch, so a forward pass "
+                    "from before the freeze still runs: a stale compiled graph "
+                    "(skip_guard_eval_unsafe, a CUDA graph), or `.training` set by hand",
+                )
+        self._counters, self.to_verify = None, False
+        self._tell()
+
+    def _count(self) -> list[tuple[str, Tensor, Tensor]]:
+        return [
+            (layer.name, counter, counter.clone())
+            for layer in self._layers
+            if layer.is_frozen
+            for module in layer.modules
+            if isinstance(counter := getattr(module, "num_batches_tracked", None), Tensor)
+        ]
+
+    def _begin(self, model: nn.Module, args: object) -> None:
+        if torch.compiler.is_compiling() or self._model is None:
+            return
+        self._leave()
+        self._active = model.training and torch.is_grad_enabled()
+        if self._active:
+            self._inside += self._look_inside(model)
+
+    def _enter_trained(self, module: nn.Module, args: object) -> None:
+        if torch.compiler.is_compiling() or not self._active or torch.is_grad_enabled():
+            return
+        if _in_reentrant_checkpoint(sys._getframe()):
+            self._refuse_reentrant(f"layer {self._names[module]!r}")
+
+    def _enter_frozen(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if torch.compiler.is_compiling() or not self._active:
+            return
+        own = set(self._model.parameters()) if self._model is not None else set()
+        # A weight that is tied to a later layer, and still trained, may well come in.
+        if any(variable not in own for variable in _leaves((args, kwargs))):
+            self._find(
+                "input",
+                f"the input of frozen layer {self._names[module]!r} requires a gradient, and will "
+                "get none: frozen layers pass none on. Take requires_grad off the input; what is "
+                "trained through a model (a generator through a discriminator, a learnt prompt) "
+                "needs one that is not frozen",
+            )
+
+    def _leave_frozen(self, module: nn.Module, args: object, output: Any) -> None:
+        if torch.compiler.is_compiling() or not self._active:
+            return
+        if any(isinstance(value, Tensor) and value.requires_grad for value in tree_leaves(output)):
+            self._find(
+                "output",
+                f"the output of frozen layer {self._names[module]!r} requires a gradient all the "
+                "same: a forward hook that was added after the freeze makes it so",
+            )
+
+    def _end(self, model: nn.Module, args: object, output: Any) -> None:
+        if torch.compiler.is_compiling() or not self._active:
+            return
+        self._leave()
+        if output is None:  # an exception, which is to be seen
+            return
+        names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
+        frozen: dict[Tensor, str] = {
+            p: layer.name for layer in self._layers if layer.is_frozen for p in layer.parameters
+        }
+        for parameter, layer in frozen.items():
+            if parameter.requires_grad:
+                self._find(
+                    "requires",
+                    f"parameter {names.get(parameter)!r} of frozen layer {layer!r} requires a "
+                    "gradient again: something set requires_grad after the freeze",
+                )
+        nodes = set(_nodes(output))
+        if any(node.name() == "CheckpointFunctionBackward" for node in nodes):
+            self._refuse_reentrant("the model")
+        for variable in _leaves(output):
+            if variable in frozen and not variable.requires_grad:
+                self._find(
+                    "graph",
+                    f"parameter {names.get(variable)!r} of frozen layer {frozen[variable]!r} is "
+                    "still in the graph: the model keeps a tensor from before the freeze; compute "
+                    "it anew, or detach it",
+                )
+        if frozen and any(map(_is_stale, nodes)):
+            self._find(
+                "stale",
+                "a compiled graph from before the freeze still runs, and computes gradients of "
+                f"frozen layers ({len(set(frozen.values()))} of them): a stale compiled graph "
+                "(skip_guard_eval_unsafe); compile again",
+            )
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._tell()
+
+    def _find(self, kind: str, message: str) -> None:
+        if not self._found:  # what follows may well be the same culprit's
+            self._found[kind] = message
+
+    def _tell(self) -> None:
+        for kind, message in self._found.items():
+            if kind not in self._told:
+                self._told.add(kind)
+                warnings.warn(f"freezing did not fully engage: {message}", stacklevel=3)
+        self._found.clear()
+
+    def _refuse_reentrant(self, what: str) -> None:
+        self._leave()
+        raise FreezeOutError(
+            f"{what} runs under reentrant activation checkpointing, which gives no gradient to "
+            "what it runs where no input requires one; behind frozen layers none does, and the "
+            "layers after them would silently stop learning; use "
+            "torch.utils.checkpoint.checkpoint(..., use_reentrant=False)"
+        )
+
+
+def _compiled(model: nn.Module) -> Iterator[nn.Module]:
+    """Modules inside what torch.compile compiled: a hook more or less there is a graph more."""
+    for module in model.children():
+        if module._compiled_call_impl is not None or hasattr(module, "_orig_mod"):
+            yield from module.modules()
+        else:
+            yield from _compiled(module)
+    if model._compiled_call_impl is not None:
+        yield from model.modules()
+
+
+def _in_reentrant_checkpoint(frame: FrameType | None) -> bool:
+    code = CheckpointFunction.forward.__code__
+    while frame is not None:
+        if frame.f_code is code:
+            return True
+        frame = frame.f_back
+    return False
+
+
+def _nodes(values: Any) -> Iterator[Any]:
+    """Every node that a backward pass from any tensor among the values would visit."""
+    waiting = [value.grad_fn for value in tree_leaves(values) if isinstance(value, Tensor)]
+    seen: set[Any] = set()
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            yield node
+            waiting += [following for following, _ in node.next_functions]
+
+
+def _leaves(values: Any) -> Iterator[Tensor]:
+    """Every tensor that a backward pass from any tensor among the values would give a gradient."""
+    for value in tree_leaves(values):
+        if isinstance(value, Tensor) and value.requires_grad and value.is_leaf:
+            yield value
+    yield from (node.variable for node in _nodes(values) if hasattr(node, "variable"))
+
+
+def _is_stale(node: Any) -> bool:
+    """Whether a compiled graph was made for more inputs that require gradients than it got."""
+    metadata = getattr(getattr(node, "_forward_cls", None), "metadata", None)
+    wanted = sum(info.requires_grad for info in getattr(metadata, "input_info", ()))
+    return bool(wanted > sum(following is not None for following, _ in node.next_functions))
+
+
+def check_unchanged(
+    model: nn.Module, layers: Sequence[Layer], names: Mapping[nn.Parameter, str]
+) -> None:
+    """InvalidValue if the model's parameters (`names`: as they were called) or modules are not
+    those of the layers any more, or a frozen parameter requires a gradient again."""
+    modules = dict(model.named_modules())
+    if any(hasattr(module, "unshard") for module in modules.values()):
+        return  # FSDP2 puts other parameters in their place while it computes
+    advice = "; change the model first, then build the optimizer and FreezeOut (or release() this)"
+    now = {p: name for name, p in model.named_parameters()}
+    for parameter, name in now.items():
+        if parameter not in names:
+            raise InvalidValue(
+                f"parameter {name!r} was added to the model, or put in another's place, after "
+                f"FreezeOut was built{advice}"
+            )
+    for parameter, name in names.items():
+        if parameter not in now:
+            raise InvalidValue(
+                f"parameter {name!r} has gone from the model since FreezeOut was built{advice}"
+            )
+    known = {module: layer for layer in layers for module in layer.modules}
+    for path, module in modules.items():
+        # A wrapper (a compiled module, say) is no news.
+        if module not in known and not any(inner in known for inner in module.modules()):
+            raise InvalidValue(
+                f"module {path!r} ({type(module).__name__}) was added to the model, or put in "
+                f"another's place, after FreezeOut was built{advice}"
+            )
+    present = set(modules.values())
+    for module, layer in known.items():
+        if module not in present:
+            raise InvalidValue(
+                f"a {type(module).__name__} of layer {layer.name!r} has gone from the model since "
+                f"FreezeOut was built{advice}"
+            )
+    for layer in layers:
+        for parameter in layer.parameters:
+            if layer.is_frozen and parameter.requires_grad:
+                raise InvalidValue(
+                    f"parameter {names[parameter]!r} of frozen layer {layer.name!r} requires a "
+                    "gradient again; leave requires_grad of frozen layers alone, or release()"
+                )
+
+
+def check_state(
+    state: Mapping[str, Any], mine: Mapping[str, Any], allow_schedule_change: bool
+) -> bool:
+    """CheckpointError unless the state is of a run with this configuration; whether its schedule
+    is another one, which is allowed."""
+    missing = [key for key in ("step", "num_frozen", "kept_frozen", *mine) if key not in state]
+    if missing:
+        raise CheckpointError(f"this is no FreezeOut state: it has no {missing[0]!r}")
+    if state["layers"] != mine["layers"]:
+        raise CheckpointError(
+            "the checkpoint is of other layers: it has "
+            f"{_first_difference(state['layers'], mine['layers'])}"
+        )
+    changed = {key for key in mine if state[key] != mine[key]}
+    if changed and not allow_schedule_change:
+        differences = "; ".join(
+            f"{key} was {state[key]!r} and is now {mine[key]!r}" for key in sorted(changed)
+        )
+        raise CheckpointError(
+            f"the checkpoint is of another schedule: {differences} (to go on with the new "
+            "one, pass allow_schedule_change=True)"
+        )
+    if not 0 <= state["step"] <= mine["total_steps"]:
+        raise CheckpointError(
+            f"the checkpoint is at step {state['step']} of a run that now has "
+            f"total_steps = {mine['total_steps']}"
+        )
+    return bool(changed)
+
+
+def _first_difference(theirs: list[str], mine: list[str]) -> str:
+    for i, (a, b) in enumerate(zip(theirs, mine, strict=False)):
+        if a != b:
+            return f"{a!r} as layer {i}, this model {b!r}"
+    return f"{len(theirs)} layers, this model {len(mine)}"
+
+
+class UpdateWatch:
+    """Warns if most of the first steps came without an update: micro-batches counted as steps."""
+
+    def __init__(self) -> None:
+        self._steps = self._without = self._updates = 0
+
+    def count(self, updates: int) -> bool:
+        """One step more, so many updates having been made in all; False once it is done."""
+        if self._steps == _WATCHED:
+            if 2 * self._without > _WATCHED:
+                warnings.warn(
+                    f"{self._without} of the first {_WATCHED} calls of FreezeOut.step() had no "
+                    "optimizer.step() before them: it counts updates, and layers would freeze too "
+                    "early. Call it after each optimizer.step(), not after each micro-batch",
+                    stacklevel=4,
+                )
+            return False
+        self._steps += 1
+        self._without += updates == self._updates
+        self._updates = updates
+        return True

@@ -1,0 +1,493 @@
+"""That freezing engaged: what the check finds, what it refuses, and that it goes away again."""
+
+import copy
+import pickle
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD
+from torch.utils.checkpoint import checkpoint
+
+from freezeout import FreezeOut, FreezeOutError, Schedule
+from tests import models
+from tests.models import CLASSES, conv_net, images, linear_net, run, vectors
+
+EARLY = Schedule(0.4, "linear")
+STEPS = 20
+Step = Callable[[], None]
+
+
+def setup(model: nn.Module, x: Tensor, **options: Any) -> tuple[FreezeOut, Step]:
+    """A FreezeOut that freezes after 8, 12 and 16 of 20 steps, and one training step."""
+    torch.manual_seed(0)
+    optimizer = SGD(model.parameters(), 0.1)
+    freezer = FreezeOut(model, optimizer, STEPS, schedule=EARLY, example_inputs=x, **options)
+
+    def step() -> None:
+        model.train()
+        torch.autograd.backward(model(x).square().mean())
+        optimizer.step()
+        optimizer.zero_grad()
+        freezer.step()
+
+    return freezer, step
+
+
+def hooks(model: nn.Module) -> int:
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+
+
+def test_one_training_forward_pass_is_looked_at_and_no_more() -> None:
+    model = conv_net()
+    freezer, step = setup(model, images(0)[0])
+    assert hooks(model) > 0
+    model.eval()(images(0)[0])
+    with torch.no_grad():
+        model.train()(images(0)[0])
+    assert hooks(model) > 0  # neither was training
+    step()
+    assert hooks(model) == 0
+    for _ in range(7):
+        step()
+    detaching = sum(2 * len(layer.boundary) for layer in freezer.layers[:1])
+    assert freezer.num_frozen == 1
+    assert hooks(model) == detaching + 2
+    step()
+    assert hooks(model) == detaching
+
+
+def test_release_takes_the_hooks_of_an_armed_check_away() -> None:
+    model = linear_net()
+    freezer, _ = setup(model, vectors(0)[0])
+    freezer.release()
+    assert hooks(model) == 0
+
+
+@pytest.mark.parametrize("clone", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_copies_made_while_armed_carry_hooks_that_do_nothing(
+    clone: Callable[[nn.Module], nn.Module],
+) -> None:
+    model = conv_net()
+    _, step = setup(model, images(0)[0])
+    for _ in range(8):
+        step()
+    other = clone(model)
+    other.train()(images(0)[0].requires_grad_()).sum().backward()
+    assert hooks(other) > 0
+    with pytest.warns(UserWarning, match="did not fully engage: the input"):  # the model's does
+        model(images(0)[0].requires_grad_())
+
+
+def test_an_exception_in_the_forward_pass_leaves_the_check_armed() -> None:
+    model = linear_net()
+    _, step = setup(model, vectors(0)[0])
+    with pytest.raises(RuntimeError, match="mat1 and mat2"):
+        model(torch.zeros(2, 9))
+    assert hooks(model) > 0
+    step()
+    assert hooks(model) == 0
+
+
+def warned(freezer: FreezeOut, forward: Callable[[], object], message: str) -> None:
+    """The first forward pass warns, once; the same after the next freeze does not again."""
+    with pytest.warns(UserWarning, match=message) as seen:
+        forward()
+    assert len(seen) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        forward()
+        freezer._engaged.arm()
+        forward()
+
+
+def test_an_input_that_requires_a_gradient_is_named_with_its_layer() -> None:
+    model = conv_net()
+    freezer, step = setup(model, images(0)[0])
+    for _ in range(8):
+        step()
+    generator = nn.Conv2d(3, 3, 1)  # trained through the model, a discriminator
+    message = "the input of frozen layer '0' requires a gradient, and will get none"
+    warned(freezer, lambda: model(generator(images(1)[0])), message)
+
+
+def test_a_leaf_that_requires_a_gradient_is_named_too_also_as_a_keyword() -> None:
+    class Keyword(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(5, 5), nn.Linear(5, CLASSES)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(self.a(input=x).relu())  # type: ignore[no-any-return]
+
+    model = Keyword()
+    freezer, step = setup(model, vectors(0)[0])
+    for _ in range(8):
+        step()
+    message = "the input of frozen layer 'a' requires a gradient"
+    warned(freezer, lambda: model(vectors(0)[0].requires_grad_()), message)
+
+
+def test_a_tied_weight_that_comes_in_is_no_news() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head, self.block = nn.Linear(5, 11, bias=False), nn.Linear(5, 5)
+
+        def forward(self, tokens: Tensor) -> Tensor:
+            x = nn.functional.embedding(tokens, self.head.weight)
+            return self.head(self.block(x).relu())  # type: ignore[no-any-return]
+
+    model = Tied()
+    freezer, step = setup(model, torch.arange(8))
+    for _ in range(10):  # warnings are errors
+        step()
+    assert [layer.name for layer in freezer.layers[: freezer.num_frozen]] == ["block"]
+
+
+def test_a_hook_that_makes_a_frozen_output_require_a_gradient_is_found() -> None:
+    model = linear_net()
+    freezer, step = setup(model, vectors(0)[0])
+    for _ in range(8):
+        step()
+    freezer.layers[0].boundary[0].register_forward_hook(lambda m, i, o: o.requires_grad_())
+    with pytest.warns(UserWarning, match="the output of frozen layer '0' requires a gradient"):
+        step()
+
+
+def test_requires_grad_set_again_is_warned_of_and_refused_at_the_next_freeze() -> None:
+    model = linear_net()
+    _, step = setup(model, vectors(0)[0])
+    for _ in range(8):
+        step()
+    model.requires_grad_(True)
+    with pytest.warns(UserWarning, match=r"parameter '0\.weight' of frozen layer '0' requires a"):
+        step()
+    step()
+    step()
+    with pytest.raises(FreezeOutError, match=r"parameter '0\.weight' of frozen layer '0' requires"):
+        step()
+
+
+class Remembering(nn.Module):
+    """Keeps what its first layer made of the first batch, with its graph."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(5, 5), nn.Linear(5, CLASSES)
+        self.kept: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x)
+        if not self.training:
+            return self.b(y)  # type: ignore[no-any-return]
+        if self.kept is None:
+            self.kept = y
+        return self.b(y + self.kept)  # type: ignore[no-any-return]
+
+
+def test_a_tensor_kept_from_before_the_freeze_is_found_by_its_parameters() -> None:
+    model = Remembering()
+    optimizer = SGD(model.parameters(), 0.1)
+    x = vectors(0)[0]
+    freezer = FreezeOut(model, optimizer, STEPS, schedule=EARLY, example_inputs=x)
+
+    def step() -> None:
+        model(x).square().mean().backward(retain_graph=True)
+        for p in model.parameters():  # so that the kept graph stays valid
+            p.grad = None
+        optimizer.step()
+        freezer.step()
+
+    while freezer.num_frozen == 0:
+        step()
+    with pytest.warns(UserWarning, match=r"parameter 'a\.\w+' of frozen layer 'a' is still in the"):
+        step()
+
+
+def test_training_set_by_hand_wakes_a_norm_and_is_found() -> None:
+    model = conv_net()
+    _, step = setup(model, images(0)[0])
+    for _ in range(8):
+        step()
+    model[1].training = True  # not through train(), which frozen modules withstand
+    model.train = lambda mode=True: model  # type: ignore[method-assign]
+    with pytest.warns(UserWarning, match="norm of frozen layer '0' counted another batch"):
+        step()
+
+
+@pytest.mark.parametrize("norm", [nn.BatchNorm1d, nn.LayerNorm])
+def test_a_stale_compiled_graph_is_found(norm: type[nn.Module]) -> None:
+    """torch is told to skip its guards, and so runs the graph from before the freeze."""
+    torch._dynamo.reset()
+    inner = nn.Sequential(nn.Linear(5, 5), norm(5), nn.ReLU(), nn.Linear(5, 5), nn.Linear(5, 2))
+    compiled = torch.compile(inner, backend="aot_eager")
+    assert isinstance(compiled, nn.Module)
+    _, step = setup(compiled, vectors(0)[0])
+    for _ in range(8):
+        step()
+    with (
+        torch.compiler.set_stance(skip_guard_eval_unsafe=True),
+        pytest.warns(UserWarning, match="stale compiled graph"),
+    ):
+        step()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        step()
+        step()
+
+
+def test_a_stale_graph_of_a_model_compiled_from_outside_is_found_by_its_norms() -> None:
+    torch._dynamo.reset()
+    model = nn.Sequential(nn.Linear(5, 5), nn.BatchNorm1d(5), nn.ReLU(), nn.Linear(5, 2))
+    freezer, _ = setup(model, vectors(0)[0])
+    compiled = torch.compile(model, backend="aot_eager")
+    (optimizer,) = (each.optimizer for each in freezer._optimizers)
+
+    def step() -> None:
+        compiled(vectors(0)[0]).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        freezer.step()
+
+    for _ in range(8):
+        step()
+    assert freezer.num_frozen == 1
+    with (
+        torch.compiler.set_stance(skip_guard_eval_unsafe=True),
+        pytest.warns(UserWarning, match="norm of frozen layer '0' counted another batch"),
+    ):
+        step()
+
+
+class Branch(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(5, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.linear(x).relu()  # type: ignore[no-any-return]
+
+
+class Stack(nn.Module):
+    def __init__(self, blocks: list[Branch]) -> None:
+        super().__init__()
+        self.blocks, self.head = nn.ModuleList(blocks), nn.Linear(5, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x)  # type: ignore[no-any-return]
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # dynamo's own
+def test_the_check_costs_no_compilation() -> None:
+    """As many graphs as without it, for blocks compiled alone and for the model as a whole."""
+
+    def graphs(check: bool, whole: bool) -> int:
+        torch._dynamo.reset()
+        made = 0
+
+        def backend(graph: Any, inputs: Any) -> Any:
+            nonlocal made
+            made += 1
+            return graph.forward
+
+        blocks = [Branch() for _ in range(3)]
+        model = Stack(blocks)
+        freezer, step = setup(model, vectors(0)[0])
+        if not check:
+            freezer._engaged.disarm()
+            freezer._engaged._model = None
+        for block in [model] if whole else blocks:
+            block.compile(backend=backend)
+        for _ in range(STEPS):
+            step()
+        assert freezer.num_frozen == 3
+        return made
+
+    for whole in (False, True):
+        assert graphs(True, whole) == graphs(False, whole) > 0
+
+
+class Checkpointed(nn.Module):
+    """Four layers, each checkpointed, but for the last; or a part inside each."""
+
+    def __init__(self, reentrant: bool, inside: bool = False) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(
+            nn.Sequential(nn.Linear(5, 5), nn.Tanh(), nn.Linear(5, 5)) for _ in range(3)
+        )
+        self.head = nn.Linear(5, CLASSES)
+        self.reentrant, self.inside = reentrant, inside
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            inner, outer = (layer[:2], layer[2]) if self.inside else (layer, nn.Identity())  # type: ignore[index]
+            x = outer(self._run(inner, x))
+        return self.head(x)  # type: ignore[no-any-return]
+
+    def _run(self, part: nn.Module, x: Tensor) -> Tensor:
+        if not self.training:
+            return part(x)  # type: ignore[no-any-return]
+        return checkpoint(part, x, use_reentrant=self.reentrant)  # type: ignore[no-any-return]
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad=True")
+@pytest.mark.parametrize("inside", [False, True])
+@pytest.mark.parametrize("at", [0, 9])
+def test_reentrant_checkpointing_is_refused_with_the_reason(inside: bool, at: int) -> None:
+    """Also in a run that was loaded with layers frozen."""
+    model = Checkpointed(True, inside)
+    freezer, step = setup(model, vectors(0)[0])
+    freezer.load_state_dict({**freezer.state_dict(), "step": at})
+    for _ in range(2):  # it does not go away by trying again
+        with pytest.raises(FreezeOutError, match=r"reentrant .*use_reentrant=False"):
+            step()
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_non_reentrant_checkpointing_freezes_and_trains(inside: bool) -> None:
+    model, plain = Checkpointed(False, inside), Checkpointed(False, inside).eval()
+    plain.load_state_dict(model.state_dict())
+    for each in (model, plain):
+        optimizer = SGD(each.parameters(), 0.1)
+        freezer = FreezeOut(each, optimizer, STEPS, schedule=EARLY, example_inputs=vectors(0)[0])
+        if each is plain:
+            plain.train = lambda mode=True: plain  # type: ignore[method-assign]
+        run(each, [optimizer], freezer, vectors, range(STEPS))
+        assert freezer.num_frozen == len(freezer.layers) - 1
+    assert all(map(torch.equal, model.parameters(), plain.parameters()))
+
+
+def test_no_grad_around_a_part_is_the_users_affair() -> None:
+    class Partly(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(5, 5), nn.Linear(5, CLASSES)
+
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.no_grad():
+                x = self.a(x)
+            return self.b(x)  # type: ignore[no-any-return]
+
+    _, step = setup(Partly(), vectors(0)[0])
+    for _ in range(10):
+        step()
+
+
+# --- micro-batches --------------------------------------------------------------------------
+
+
+def accumulate(every: int, calls: int) -> None:
+    model = linear_net()
+    optimizer = SGD(model.parameters(), 0.1)
+    freezer = FreezeOut(model, optimizer, 100, example_inputs=vectors(0)[0])
+    for micro in range(calls):
+        torch.autograd.backward(models.loss_of(model, *vectors(micro)))
+        if micro % every == every - 1:
+            optimizer.step()
+            optimizer.zero_grad()
+        freezer.step()
+
+
+@pytest.mark.parametrize(("every", "without"), [(4, 15), (3, 14)])
+def test_micro_batches_counted_as_steps_are_warned_of_once(every: int, without: int) -> None:
+    message = f"{without} of the first 20 calls of FreezeOut.step"
+    with pytest.warns(UserWarning, match=message) as seen:
+        accumulate(every, 60)
+    assert len(seen) == 1
+
+
+@pytest.mark.parametrize(("every", "calls"), [(1, 60), (2, 60), (4, 20)])
+def test_half_of_the_steps_without_an_update_are_no_news_nor_are_few(
+    every: int, calls: int
+) -> None:
+    accumulate(every, calls)
+
+
+def test_several_optimizers_and_skipped_steps_are_no_micro_batches() -> None:
+    model = linear_net()
+    optimizers = [SGD(model[:2].parameters(), 0.1), SGD(model[2:].parameters(), 0.1)]
+    freezer = FreezeOut(model, optimizers, 100, example_inputs=vectors(0)[0])
+    for step in range(40):
+        torch.autograd.backward(models.loss_of(model, *vectors(step)))
+        optimizers[step % 2].step()  # one each time
+        freezer.step()
+
+
+# --- a model changed after construction -----------------------------------------------------
+
+
+def replace_head(model: Any) -> None:
+    model[6] = nn.Linear(5, CLASSES)
+
+
+def replace_bias(model: Any) -> None:
+    model[2].bias = nn.Parameter(torch.zeros(5))
+
+
+def add_parameter(model: Any) -> None:
+    model.scale = nn.Parameter(torch.ones(1))
+
+
+def remove_bias(model: Any) -> None:
+    model[2].bias = None
+
+
+def replace_activation(model: Any) -> None:
+    model[3] = nn.GELU()
+
+
+def add_module(model: Any) -> None:
+    model[2].extra = nn.Dropout()
+
+
+def remove_module(model: Any) -> None:
+    del model[7]
+
+
+@pytest.mark.parametrize("at", [0, 5, 9])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (replace_head, r"parameter '6\.weight' was added to the model, or put in another's place"),
+        (replace_bias, r"parameter '2\.bias' was added"),
+        (add_parameter, "parameter 'scale' was added"),
+        (remove_bias, r"parameter '2\.bias' has gone"),
+        (replace_activation, r"module '3' \(GELU\) was added"),
+        (add_module, r"module '2\.extra' \(Dropout\) was added"),
+        (remove_module, "a ReLU of layer '6' has gone"),
+    ],
+)
+def test_a_model_changed_after_construction_is_refused_by_name(
+    change: Callable[[nn.Module], None], message: str, at: int
+) -> None:
+    model = linear_net()
+    freezer, step = setup(model, vectors(0)[0])
+    for _ in range(at):
+        step()
+    state = freezer.state_dict()
+    change(model)
+    with pytest.raises(FreezeOutError, match=message):
+        freezer.load_state_dict(state)
+    refused = 0 if at == 0 else 7 if at == 5 else 11  # at the first step, and at freezes
+    for _ in range(at, refused):
+        freezer.step()
+    with pytest.raises(FreezeOutError, match=message):
+        freezer.step()
+    assert freezer.step_count == refused  # nothing of the refused step was done
+    freezer.release()
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # dynamo's own
+def test_a_module_wrapped_after_construction_is_the_same_model() -> None:
+    model = conv_net()
+    freezer, step = setup(model, images(0)[0])
+    model[4] = torch.compile(model[4], backend="eager")  # type: ignore[assignment]
+    for _ in range(STEPS):
+        step()
+    assert freezer.num_frozen == 3
