@@ -55,7 +55,6 @@ def compile_layers(freezer: FreezeOut, *, ahead: ExampleInputs = None, **options
         InvalidValue: the model is compiled already, or `ahead` gives nothing to differentiate.
     """
     _check(freezer)
-    # Compiling twice is one compilation, but a model within a compiled one is no block.
     if freezer.model._compiled_call_impl is not None or isinstance(
         freezer.model, torch._dynamo.OptimizedModule
     ):
@@ -99,10 +98,11 @@ def allow_stages(freezer: FreezeOut) -> int:
 
 
 def blocks(model: nn.Module, layers: Sequence[Layer]) -> Iterator[tuple[Layer, nn.Module]]:
-    """The modules to compile, each with its layer: whatever may be called from outside, has
-    parameters and holds modules of one layer only. Containers come with their blocks, since
-    either may be called; a call within a compiled one becomes part of its graph. Where there is
-    nothing but single operations, they are taken."""
+    """The modules to compile, each with its layer: whatever may be called from outside and has
+    parameters, in modules of one layer. Containers come with their blocks, since either may be
+    called; a call within a compiled one becomes part of its graph. Where there is nothing but
+    single operations, they are taken."""
+    own = {layer: set(layer.modules) for layer in layers}
     candidates = [
         (layer, module)
         for layer in layers
@@ -110,7 +110,7 @@ def blocks(model: nn.Module, layers: Sequence[Layer]) -> Iterator[tuple[Layer, n
         if module is not model
         and type(module).forward is not nn.Module.forward
         and next(module.parameters(), None) is not None
-        and set(layer.modules).issuperset(module.modules())
+        and all(inner in own[layer] for inner in module.modules() if inner._parameters)
     ]
     composite = [each for each in candidates if not _is_operation(each[1])]
     yield from composite or candidates
@@ -154,7 +154,7 @@ def _runner(name: str) -> Callable[..., Any]:
     """A function with a code object, and a name, of its own."""
 
     def run(frozen: bool, block: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        output = block._call_impl(*args, **kwargs)
+        output = block._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
         # Torch does not notice that freezing added hooks; it does notice this.
         return detached(output) if frozen else output
 

@@ -6,14 +6,15 @@ The processes are started once, for all tests; each test looks at what they foun
 import json
 import socket
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -94,7 +95,7 @@ def train(
     """Train on this rank's share of each batch; after each step, what there is to compare."""
     for step in steps:
         x, y = batch(step)
-        cross_entropy(model(x[share]), y[share]).backward()
+        torch.autograd.backward(cross_entropy(model(x[share]), y[share]))
         gradients = [None if p.grad is None else whole(p.grad) for p in model.parameters()]
         optimizer.step()
         optimizer.zero_grad()
@@ -112,16 +113,18 @@ def save(folder: Path, model: nn.Module, optimizer: Optimizer, freezer: FreezeOu
     states = get_state_dict(model, optimizer)
     # As text, which the checkpoint keeps whole whatever it holds.
     state = json.dumps(freezer.state_dict())
-    dcp.save({"model": states[0], "optimizer": states[1], "freezer": state}, checkpoint_id=folder)
+    state_dict_saver.save(
+        {"model": states[0], "optimizer": states[1], "freezer": state}, checkpoint_id=folder
+    )
 
 
 def load(folder: Path, model: nn.Module, optimizer: Optimizer, freezer: FreezeOut) -> None:
     state = {"freezer": ""}
-    dcp.load(state, checkpoint_id=folder)
+    state_dict_loader.load(state, checkpoint_id=folder)
     # First: frozen parameters have no optimizer state to load.
     freezer.load_state_dict(json.loads(state["freezer"]))
     states = get_state_dict(model, optimizer)
-    dcp.load({"model": states[0], "optimizer": states[1]}, checkpoint_id=folder)
+    state_dict_loader.load({"model": states[0], "optimizer": states[1]}, checkpoint_id=folder)
     set_state_dict(model, optimizer, model_state_dict=states[0], optim_state_dict=states[1])
 
 
@@ -213,7 +216,7 @@ def test_frozen_shards_stay_and_their_state_is_freed(ranks: list[dict[str, Any]]
     parameters = list(freezer.model.parameters())
     for found in ranks:
         records = found["adamw"]
-        for record, following in zip(records, records[1:], strict=False):
+        for record, following in pairwise(records):
             frozen = set().union(*(x.parameters for x in freezer.layers[: record["num_frozen"]]))
             for i, parameter in enumerate(parameters):
                 same = torch.equal(record["parameters"][i], following["parameters"][i])
