@@ -141,6 +141,11 @@ class FreezeOut:
         return next(iter(self._ends[self.num_frozen :]), None)
 
     @property
+    def order_pending(self) -> bool:
+        """Whether the first training forward pass, which checks the order, is still to come."""
+        return self._order_check is not None and self._order_check.pending
+
+    @property
     def learning_rates(self) -> tuple[float, ...]:
         """The effective learning rate of each layer for the next update, 0 once frozen. Where a
         layer's parameters stand in several groups, the largest of their rates."""

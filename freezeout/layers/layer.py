@@ -1,10 +1,12 @@
 """`Layer`: modules and parameters that freeze together, and what freezing does to them."""
 
+import warnings
 from collections.abc import Iterable
 from functools import partial
 from typing import Any
 from weakref import WeakSet
 
+import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 from torch.utils.hooks import RemovableHandle
@@ -138,7 +140,8 @@ def _reset_if_copy(module: nn.Module) -> None:
     module.reset_running_stats()  # type: ignore[operator]
 
 
-def _detach(value: Any) -> Any:
+def detached(value: Any) -> Any:
+    """A value, or a structure of them, its tensors without their history."""
     if isinstance(value, Tensor):  # by far the most frequent case
         return value.detach() if value.requires_grad else value
     return tree_map_only(Tensor, Tensor.detach, value)
@@ -147,8 +150,27 @@ def _detach(value: Any) -> Any:
 def _detach_inputs(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    return tuple(_detach(arg) for arg in args), {k: _detach(v) for k, v in kwargs.items()}
+    if torch.compiler.is_compiling():
+        _seen_by_compiler()
+    return tuple(detached(arg) for arg in args), {k: detached(v) for k, v in kwargs.items()}
+
+
+def _seen_by_compiler() -> None:
+    """`torch.compile` traces a frozen layer, and calls this as it does. It would otherwise say
+    little when it stops compiling: a line in the log, many freezes later."""
+    if not torch._dynamo.config.fail_on_recompile_limit_hit:
+        warnings.warn(
+            "torch.compile compiles frozen layers together with trained ones: each freeze needs a "
+            f"new graph, and after {torch._dynamo.config.recompile_limit} torch stops compiling; "
+            "call freezeout.parallel.compile_layers(freezer) in place of torch.compile, or "
+            "freezeout.parallel.allow_stages(freezer) before it",
+            stacklevel=2,
+        )
+
+
+# What torch.compiler.assume_constant_result() sets, which would import the compiler.
+_seen_by_compiler._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _detach_output(module: nn.Module, args: Any, output: Any) -> Any:
-    return _detach(output)
+    return detached(output)

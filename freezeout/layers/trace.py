@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -105,7 +105,7 @@ class Trace:
                     continue
                 handles.append(module.register_forward_pre_hook(before, prepend=True))
                 handles.append(module.register_forward_hook(after, always_call=True))
-            with _UseListener(self, set(model.parameters())):
+            with _UseListener(self, model):
                 yield
         finally:
             torch.set_autocast_cache_enabled(cache)
@@ -116,15 +116,45 @@ class Trace:
 class _UseListener(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Tells a trace of every operation that takes one of the parameters."""
 
-    def __init__(self, trace: Trace, parameters: set[nn.Parameter]) -> None:
+    def __init__(self, trace: Trace, model: nn.Module) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._trace, self._parameters = trace, parameters
+        self._trace, self._parameters = trace, set(model.parameters())
+        # FSDP puts whole parameters in the place of shards while a module runs.
+        self._sharded = _places(model) if sharded_modules(model) else []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         for value in tree_leaves((args, kwargs)):
-            if isinstance(value, nn.Parameter) and value in self._parameters:
-                self._trace._use(value)
+            if isinstance(value, nn.Parameter):
+                if value in self._parameters:
+                    self._trace._use(value)
+                elif self._sharded:
+                    self._use_unsharded(value)
         return func(*args, **(kwargs or {}))
+
+    def _use_unsharded(self, value: nn.Parameter) -> None:
+        for module, name, parameter in self._sharded:
+            if module._parameters[name] is value:
+                self._trace._use(parameter)
+                break
+
+
+def sharded_modules(model: nn.Module) -> list[Any]:
+    """The modules that `torch.distributed.fsdp.fully_shard` has been applied to."""
+    if "torch.distributed.fsdp" not in sys.modules:
+        return []
+    from torch.distributed.fsdp import FSDPModule
+
+    return [module for module in model.modules() if isinstance(module, FSDPModule)]
+
+
+def _places(model: nn.Module) -> list[tuple[nn.Module, str, nn.Parameter]]:
+    """Every module, attribute and parameter that stands there."""
+    return [
+        (module, name, parameter)
+        for module in model.modules()
+        for name, parameter in module._parameters.items()
+        if parameter is not None
+    ]
 
 
 def call_arguments(example_inputs: ExampleInputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -149,21 +179,16 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
         for module in modes
         for name, buffer in module._buffers.items()
     ]
-    devices = {p.device for p in model.parameters() if p.device.type not in ("cpu", "meta")}
     with ExitStack() as stack:
-        for kind in {device.type for device in devices} or {"cpu"}:
-            numbers = [d.index for d in devices if d.type == kind]
-            stack.enter_context(
-                torch.random.fork_rng(numbers, device_type=kind if kind != "cpu" else "cuda")
-            )
-        # A compiled module would run its graph, or compile one, unseen by the listener.
-        compiled = "torch._dynamo" in sys.modules
-        stack.enter_context(torch.compiler.set_stance("force_eager") if compiled else nullcontext())
+        stack.enter_context(random_state_kept(model))
+        stack.enter_context(_uncompiled())
         stack.enter_context(torch.enable_grad())
         try:
             model.eval()
             yield
         finally:
+            for module in sharded_modules(model):
+                module.reshard()  # the root keeps whole parameters after a forward pass
             for module, training in modes.items():
                 module.training = training
             with torch.no_grad():
@@ -171,6 +196,25 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
                     if buffer is not None and value is not None:
                         buffer.copy_(value)
                     module._buffers[name] = buffer
+
+
+@contextmanager
+def random_state_kept(model: nn.Module) -> Iterator[None]:
+    """Random state, on the CPU and the model's devices, as before afterwards."""
+    devices = {p.device for p in model.parameters() if p.device.type not in ("cpu", "meta")}
+    with ExitStack() as stack:
+        for kind in {device.type for device in devices} or {"cpu"}:
+            numbers = [d.index for d in devices if d.type == kind]
+            stack.enter_context(
+                torch.random.fork_rng(numbers, device_type=kind if kind != "cpu" else "cuda")
+            )
+        yield
+
+
+def _uncompiled() -> AbstractContextManager[Any]:
+    """A compiled module would run its graph, or compile one, unseen by the listener."""
+    compiled = "torch._dynamo" in sys.modules
+    return torch.compiler.set_stance("force_eager") if compiled else nullcontext()
 
 
 def last_uses(layers: "Sequence[Layer]", trace: Trace) -> list[int | None]:
@@ -207,8 +251,11 @@ class OrderCheck:
         ]
 
     def _before(self, model: nn.Module, args: object) -> None:
+        if torch.compiler.is_compiling():  # a graph runs no hooks
+            return
         if model.training and torch.is_grad_enabled() and self._recording is None:
             self._recording = ExitStack()
+            self._recording.enter_context(_uncompiled())
             self._recording.enter_context(self._trace.listening(model, running=True))
 
     def _after(self, model: nn.Module, args: object, output: object) -> None:
@@ -217,6 +264,11 @@ class OrderCheck:
             self.remove()
             if output is not None:  # None after an exception, which is to be seen
                 check_order(self._layers, last_uses(self._layers, self._trace))
+
+    @property
+    def pending(self) -> bool:
+        """Whether the forward pass to check is still to come."""
+        return bool(self._handles)
 
     def remove(self) -> None:
         """Stop checking."""
