@@ -27,7 +27,7 @@ def measure(name: str, config: TrainConfig, claim: float, rounds: int) -> None:
     model = job.model.train()
     optimizer = job.optimizer(model)
     layers = job.freezer(model, optimizer, 1).layers
-    x, y = next(job.batches(0, 0))
+    x, y, _ = next(job.batches(0, 0))
 
     def step() -> None:
         torch.autograd.backward(job.loss(model, x, y)[0])

@@ -50,8 +50,9 @@ def main(argv: list[str] | None = None) -> None:
         _check_resume_alone(words)
         app.cli(prog="freezeout", args=words)
     except (FreezeOutError, OSError) as error:
-        line = " ".join(str(error).split())
-        print(f"freezeout: {line}", file=sys.stderr)
+        if not getattr(error, "is_said_elsewhere", False):  # by another rank of the run
+            line = " ".join(str(error).split())
+            print(f"freezeout: {line}", file=sys.stderr)
         signal = getattr(error, "signal", None)
         sys.exit(2 if signal is None else 128 + signal)
     except KeyboardInterrupt:

@@ -10,14 +10,24 @@ import torch
 from ..errors import InvalidValue
 
 
-def choose_device(name: str) -> torch.device:
+def choose_device(name: str, number: int | None = None) -> torch.device:
     """The device called `name`; "auto" is the first accelerator, or the CPU without one.
 
-    InvalidValue if there is no such device here.
+    `number`: of this process among several on this machine; it takes the accelerator of that
+    number. InvalidValue if there is no such device here.
     """
     found = torch.accelerator.current_accelerator(check_available=True)
-    if name == "auto":
-        return torch.device("cpu") if found is None else torch.device(found.type, 0)
+    if name == "auto" and found is None:
+        return torch.device("cpu")
+    if name == "auto" and found is not None:
+        name = found.type
+    if number is not None and name != "cpu":
+        if ":" in name:
+            raise InvalidValue(
+                f"device {name!r} is one device, and each rank takes one of its own: give "
+                f"{name.partition(':')[0]}"
+            )
+        name = f"{name}:{number}"
     here = ["cpu"]
     if found is not None:
         here += [f"{found.type}:{i}" for i in range(torch.accelerator.device_count())]

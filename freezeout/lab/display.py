@@ -20,13 +20,14 @@ class Display:
     Args:
         total_steps: steps of the whole run; `done`: those made before this process.
         num_layers: layers that freeze, for "frozen k/n".
+        quiet: show nothing, as another rank does.
     """
 
-    def __init__(self, total_steps: int, done: int, num_layers: int) -> None:
-        self.console = Console(highlight=False, soft_wrap=True)
+    def __init__(self, total_steps: int, done: int, num_layers: int, quiet: bool = False) -> None:
+        self.console = Console(highlight=False, soft_wrap=True, quiet=quiet)
         self._num_layers = num_layers
         self._progress: Progress | None = None
-        if self.console.is_terminal:
+        if self.console.is_terminal and not quiet:
             self._progress = Progress(
                 TextColumn("epoch {task.fields[epoch]}"),
                 BarColumn(),

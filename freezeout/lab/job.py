@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,19 +12,21 @@ from torch import Tensor, nn
 from torch.optim import SGD
 
 from ..cost import run_cost
+from ..errors import InvalidValue
 from ..freezer import FreezeOut
 from ..profile import measure_step_costs
 from .config import TrainConfig
 from .data import ImageData, batches, eval_batches, load_data, num_batches
 from .device import choose_device, choose_precision, hardware, versions
 from .models import build_model, model_layers
+from .ranks import Ranks
 
 _EVAL_BATCH = 500
 
 
 @dataclass
 class Sums:
-    """Sums over the images of an epoch so far, on the device, and the time they took."""
+    """Sums over a rank's images of an epoch so far, on the device, and the time they took."""
 
     loss: Tensor  # float64
     wrong: Tensor  # int64
@@ -43,27 +45,37 @@ class Sums:
         self.wrong += (logits.detach().argmax(1) != y).sum()
         self.images += len(y)
 
+    def over(self, ranks: Ranks) -> "Sums":
+        """The sums over all ranks' images."""
+        images = ranks.sum(torch.tensor(self.images, device=self.wrong.device))
+        return replace(
+            self, loss=ranks.sum(self.loss), wrong=ranks.sum(self.wrong), images=int(images)
+        )
+
     def means(self) -> tuple[float, float]:
         """Loss and error per image."""
         return self.loss.item() / self.images, self.wrong.item() / self.images
 
 
 class Job:
-    """The parts of one run, made from its configuration alone."""
+    """The parts of one run, made from its configuration alone; with several ranks, one's share."""
 
-    def __init__(self, config: TrainConfig) -> None:
+    def __init__(self, config: TrainConfig, ranks: Ranks | None = None) -> None:
         config.check()
         self.config = config
-        self.device = choose_device(config.device)
+        self.ranks = ranks = Ranks() if ranks is None else ranks
+        if config.batch_size < ranks.size:
+            raise InvalidValue(
+                f"batch_size {config.batch_size} is less than one image for each of "
+                f"{ranks.size} ranks"
+            )
+        self.device = choose_device(config.device, ranks.local if ranks.size > 1 else None)
+        if self.device.type == "cuda" and ranks.size > 1:
+            torch.cuda.set_device(self.device)
         self.precision = choose_precision(config.precision, self.device)
         with torch.device("meta"):  # a mistake in the model is said before data are fetched
             self.build_model(num_classes=10)
-        self.data: ImageData = load_data(
-            config.dataset,
-            data_dir=config.data_dir,
-            validate=config.validate,
-            device=self.device,
-        )
+        self.data: ImageData = ranks.first_then_others(self.load_data)  # downloaded once
         self.steps_per_epoch = num_batches(len(self.data.train_labels), config.batch_size)
         # Faster than NCHW on recent CPUs and on tensor cores.
         self.channels_last = self.device.type in ("cpu", "cuda")
@@ -71,6 +83,17 @@ class Job:
         model = self.build_model(self.data.num_classes)
         memory_format = torch.channels_last if self.channels_last else torch.contiguous_format
         self.model = model.to(self.device, memory_format=memory_format)  # type: ignore[call-overload]
+        ranks.reseed(config.seed)
+
+    def load_data(self) -> ImageData:
+        """The images, on the device."""
+        config = self.config
+        return load_data(
+            config.dataset,
+            data_dir=config.data_dir,
+            validate=config.validate,
+            device=self.device,
+        )
 
     def build_model(self, num_classes: int) -> nn.Module:
         """The network that the options name, with random weights, on torch's default device."""
@@ -108,18 +131,18 @@ class Job:
         scratch = deepcopy(self.model).train()
         optimizer = self.optimizer(scratch)
         freezer = self.freezer(scratch, optimizer, total_steps=1)
-        x, y = next(self.batches(epoch=0, start=0))
+        x, y, _ = next(self.batches(epoch=0, start=0))
 
         def step() -> None:
             self.loss(scratch, x, y)[0].backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             optimizer.zero_grad()
 
-        state = random_state()  # dropout draws from it
+        state = random_state(self.device)  # dropout draws from it
         try:
             return measure_step_costs(step, freezer.layers, device=self.device)
         finally:
-            set_random_state(state)
+            set_random_state(state, self.device)
 
     def total_steps(self, epochs: int) -> int:
         """Steps of the whole run."""
@@ -150,10 +173,11 @@ class Job:
             example_inputs=example,
         )
 
-    def batches(self, epoch: int, start: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Training batches of an epoch, from batch number `start`."""
+    def batches(self, epoch: int, start: int) -> Iterator[tuple[Tensor, Tensor, float]]:
+        """This rank's share of an epoch's training batches, from batch number `start`, and the
+        weight of its mean loss (see `Ranks.share`)."""
         data = self.data
-        return batches(
+        for x, y in batches(
             data.train_images,
             data.train_labels,
             batch_size=self.config.batch_size,
@@ -165,7 +189,9 @@ class Job:
             flip=data.flip,
             start=start,
             channels_last=self.channels_last,
-        )
+        ):
+            share, weight = self.ranks.share(len(y))
+            yield x[share], y[share], weight
 
     def autocast(self) -> AbstractContextManager[Any]:
         """bf16 for matrix products and convolutions, where the run's precision is bf16."""
@@ -194,15 +220,20 @@ class Job:
                 "step_costs_seconds": costs,
             },
             "hardware": hardware(self.device),
+            "ranks": self.ranks.size,
             "versions": versions(),
         }
 
     def evaluate(self, between: Callable[[], None]) -> tuple[float, float] | None:
-        """Loss and error per held-out image; None if nothing is held out."""
+        """Loss and error per held-out image; None if nothing is held out.
+
+        BatchNorm's statistics become rank 0's. Each rank takes its share of each batch.
+        """
         images, labels = self.data.heldout_images, self.data.heldout_labels
         if images is None or labels is None:
             return None
         sums = Sums.empty(self.device)
+        self.ranks.take_buffers(self.model)
         self.model.eval()
         with torch.no_grad():
             for x, y in eval_batches(
@@ -214,8 +245,10 @@ class Job:
                 channels_last=self.channels_last,
             ):
                 between()
-                sums.add(*self.loss(self.model, x, y), y)
-        return sums.means()
+                share, weight = self.ranks.share(len(y))
+                if weight:
+                    sums.add(*self.loss(self.model, x[share], y[share]), y[share])
+        return sums.over(self.ranks).means()
 
     def wait(self) -> None:
         """Until the device has done what it was given."""
@@ -223,16 +256,16 @@ class Job:
             torch.accelerator.synchronize(self.device)
 
 
-def random_state() -> dict[str, Any]:
-    """The state of torch's own generators, of the CPU and of CUDA devices."""
+def random_state(device: torch.device) -> dict[str, Any]:
+    """The state of torch's own generators, of the CPU and of the device."""
     state: dict[str, Any] = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state_all()
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
     return state
 
 
-def set_random_state(state: dict[str, Any]) -> None:
+def set_random_state(state: dict[str, Any], device: torch.device) -> None:
     """Put back what `random_state` returned."""
     torch.set_rng_state(state["cpu"].cpu())
-    if torch.cuda.is_available() and "cuda" in state:
-        torch.cuda.set_rng_state_all([each.cpu() for each in state["cuda"]])
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"].cpu(), device)

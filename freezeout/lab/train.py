@@ -4,6 +4,8 @@
 
 What is random in an epoch (order, crops, flips) is a function of the seed and the epoch, so a
 checkpoint holds the number of batches done, and no generator but torch's own (for dropout).
+
+Under torchrun, every rank makes its share of each batch's images; see ranks.py.
 """
 
 import math
@@ -23,6 +25,7 @@ from .config import TrainConfig
 from .device import hardware
 from .display import Display
 from .job import Job, Sums, random_state, set_random_state
+from .ranks import Ranks, launched
 from .run_folder import RunFolder, resume_command
 
 
@@ -41,15 +44,20 @@ def train(config: TrainConfig) -> Path:
         FreezeOutError: anything in the configuration, the data or the device that is not so;
             `Stopped` on SIGINT or SIGTERM. OSError: the disk is full, say.
     """
-    config.check()
-    RunFolder.refuse_existing(config.folder)  # before data is loaded; made once all else is well
-    if config.tensorboard:
-        _summary_writer()
-    job = Job(config)
-    with _stop_signal() as stop:
-        epochs, costs = job.plan()
-        folder = RunFolder.create(config.folder, job.description(epochs, costs))
-        return _Loop(job, folder, epochs, stop).run()
+    with launched() as ranks:
+        ranks.check_equal(config.to_json())
+        config.check()
+        # Before data is loaded; made once all else is well.
+        ranks.first(lambda: RunFolder.refuse_existing(config.folder))
+        if config.tensorboard:
+            ranks.first(lambda: _summary_writer() and None)
+        job = ranks.each(lambda: Job(config, ranks))
+        with _stop_signal() as stop:
+            epochs, costs = ranks.first(job.plan)
+            folder = ranks.first(
+                lambda: RunFolder.create(config.folder, job.description(epochs, costs))
+            )
+            return _Loop(job, folder, epochs, stop).run()
 
 
 def resume(path: Path) -> Path:
@@ -59,6 +67,28 @@ def resume(path: Path) -> Path:
     CheckpointError for a folder without a run, a damaged checkpoint or one of another
     configuration.
     """
+    with launched() as ranks:
+        ranks.check_equal({"resume": str(path)})
+        config, epochs, identity = ranks.each(lambda: _configuration(path))
+        job = ranks.each(lambda: Job(config, ranks))
+        folder = RunFolder(path)
+        state = ranks.each(lambda: _checkpoint(folder, job, identity, epochs))
+        with _stop_signal() as stop:
+            loop = _Loop(job, folder, epochs, stop)
+            loop.identity = identity
+            if state is not None:
+                ranks.each(lambda: loop.restore(state))
+                if loop.epoch == epochs and ranks.first(lambda: folder.is_complete(loop.rows)):
+                    if ranks.is_first:
+                        print(f"{path} has been trained to its end; nothing is left to do")
+                    return path
+                # A kill may have come between the checkpoint and the metrics.
+                ranks.first(lambda: folder.write_metrics(loop.rows))
+            return loop.run()
+
+
+def _configuration(path: Path) -> tuple[TrainConfig, int, dict[str, Any]]:
+    """Of the run in a folder: how to go on, the number of epochs, and the options as given."""
     folder = RunFolder.existing(path)
     saved = folder.read_config()
     try:
@@ -68,21 +98,17 @@ def resume(path: Path) -> Path:
         config = replace(asked, out=path, precision=resolved["precision"])
     except (KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path}/config.json is not a run's configuration") from error
-    job = Job(config)
+    return config, epochs, values
+
+
+def _checkpoint(
+    folder: RunFolder, job: Job, identity: dict[str, Any], epochs: int
+) -> dict[str, Any] | None:
+    """The folder's checkpoint, if there is one yet. CheckpointError if it is of another run."""
     state = folder.load_checkpoint(job.device)
     if state is not None:
-        _check_same(state, values, epochs, path)
-    with _stop_signal() as stop:
-        loop = _Loop(job, folder, epochs, stop)
-        loop.identity = values
-        if state is not None:
-            loop.restore(state)
-            if loop.epoch == epochs and folder.is_complete(loop.rows):
-                print(f"{path} has been trained to its end; nothing is left to do")
-                return path
-            # A kill may have come between the checkpoint and the metrics.
-            folder.write_metrics(loop.rows)
-        return loop.run()
+        _check_same(state, identity, epochs, folder.path)
+    return state
 
 
 def _check_same(state: dict[str, Any], mine: dict[str, Any], epochs: int, path: Path) -> None:
@@ -104,6 +130,7 @@ class _Loop:
 
     def __init__(self, job: Job, folder: RunFolder, epochs: int, stop: "_Stop") -> None:
         self.job, self.folder, self.epochs, self.stop = job, folder, epochs, stop
+        self.ranks = job.ranks
         self.identity = job.config.to_json()  # of the configuration, in checkpoints
         self.total_steps = job.total_steps(epochs)
         self.optimizer = job.optimizer(job.model)
@@ -114,20 +141,22 @@ class _Loop:
         self.sums = Sums.empty(job.device)
 
     def save(self) -> None:
-        self.folder.save_checkpoint(
-            {
-                "config": self.identity,
-                "epochs": self.epochs,
-                "epoch": self.epoch,
-                "batch": self.batch,
-                "rows": self.rows,
-                "sums": vars(self.sums),
-                "model": self.job.model.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
-                "freezer": self.freezer.state_dict(),
-                "random": random_state(),
-            }
-        )
+        """Where the run stands, whatever the number of ranks; one rank's generator a rank."""
+        sums = self.sums.over(self.ranks)
+        random = self.ranks.gather(random_state(self.job.device))
+        state = {
+            "config": self.identity,
+            "epochs": self.epochs,
+            "epoch": self.epoch,
+            "batch": self.batch,
+            "rows": self.rows,
+            "sums": vars(sums),
+            "model": self.job.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "freezer": self.freezer.state_dict(),
+            "random": random,
+        }
+        self.ranks.first(lambda: self.folder.save_checkpoint(state))
 
     def restore(self, state: dict[str, Any]) -> None:
         """Stand where `save` was called. CheckpointError if the state is of another run."""
@@ -136,8 +165,11 @@ class _Loop:
             self.optimizer.load_state_dict(state["optimizer"])
             self.freezer.load_state_dict(state["freezer"])
             self.rows, self.epoch, self.batch = state["rows"], state["epoch"], state["batch"]
-            self.sums = Sums(**state["sums"])
-            set_random_state(state["random"])
+            if self.ranks.is_first:
+                self.sums = Sums(**state["sums"])
+            # A rank that there was not keeps the generator that its number gives it.
+            for random in state["random"][self.ranks.rank :][:1]:
+                set_random_state(random, self.job.device)
         except FreezeOutError:
             raise
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
@@ -149,9 +181,13 @@ class _Loop:
 
     def run(self) -> Path:
         """Train what is left, write the weights, and return the folder."""
-        job, freezer, path = self.job, self.freezer, self.folder.path
-        writer = _tensorboard(job.config, path, self.epoch)
-        display = Display(self.total_steps, freezer.step_count, len(freezer.layers))
+        job, freezer, ranks, path = self.job, self.freezer, self.ranks, self.folder.path
+        ranks.check_agree(freezer)
+        display = Display(
+            self.total_steps, freezer.step_count, len(freezer.layers), quiet=not ranks.is_first
+        )
+        writer = _tensorboard(job.config, path, self.epoch) if ranks.is_first else None
+        self.net = ranks.wrap(job.model)
         self.introduce(display)
         with display:
             while self.epoch < self.epochs:
@@ -160,10 +196,10 @@ class _Loop:
                 self.rows.append(self.row(heldout))
                 self.epoch, self.batch, self.sums = self.epoch + 1, 0, Sums.empty(job.device)
                 self.save()
-                self.folder.write_metrics(self.rows)
+                ranks.first(lambda: self.folder.write_metrics(self.rows))
                 _write_scalars(writer, self.rows[-1])
                 display.epoch(self.rows[-1], self.epochs, self.seconds_left())
-        self.folder.save_weights(job.model)
+        ranks.first(lambda: self.folder.save_weights(job.model))
         if job.config.freezeout:
             display.say(freezer.summary())
         display.say(f"run folder: {path}")
@@ -171,27 +207,30 @@ class _Loop:
 
     def train_epoch(self, display: Display) -> None:
         """Make the epoch's remaining steps."""
-        job, optimizer, freezer, sums = self.job, self.optimizer, self.freezer, self.sums
+        job, ranks, optimizer, freezer = self.job, self.ranks, self.optimizer, self.freezer
+        sums = self.sums
         label = f"{self.epoch + 1}/{self.epochs}"
         start = job.steps_per_epoch * self.epoch + self.batch
         steps = min(job.steps_per_epoch - self.batch, self.total_steps - start)
-        job.model.train()
+        self.net.train()
         begin = time.perf_counter()
         batches = job.batches(self.epoch, self.batch)
         for number in range(steps):
             before = time.perf_counter()
-            x, y = next(batches)
-            loss, logits = job.loss(job.model, x, y)
-            loss.backward()  # type: ignore[no-untyped-call]
+            x, y, weight = next(batches)
+            loss, logits = job.loss(self.net, x, y)
+            (loss * weight).backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             optimizer.zero_grad()
-            freezer.step()
-            sums.add(loss, logits, y)
+            if freezer.step():
+                self.net = ranks.rewrap(self.net)
+            if weight:
+                sums.add(loss, logits, y)
             self.batch += 1
             sums.step_seconds.append(time.perf_counter() - before)
             if display.live and (number % 10 == 0 or number == steps - 1):
                 display.step(freezer.step_count, label, loss.item(), freezer.num_frozen)
-            if self.stop.signal is not None:
+            if self.stop.agreed(ranks) is not None:
                 break
         job.wait()
         sums.seconds += time.perf_counter() - begin
@@ -199,13 +238,15 @@ class _Loop:
 
     def stop_if_asked(self) -> None:
         """Between two steps or two batches of the evaluation: save and leave, if asked to."""
-        if self.stop.signal is not None:
+        number = self.stop.agreed(self.ranks)
+        if number is not None:
             self.save()
-            raise Stopped(self.folder.path, self.freezer.step_count, self.stop.signal)
+            raise Stopped(self.folder.path, self.freezer.step_count, number)
 
     def row(self, heldout: tuple[float, float] | None) -> dict[str, Any]:
         """The epoch's line of metrics."""
-        train_loss, train_error = self.sums.means()
+        sums = self.sums.over(self.ranks)
+        train_loss, train_error = sums.means()
         if not math.isfinite(train_loss):
             raise FreezeOutError(
                 f"the loss is {train_loss} in epoch {self.epoch + 1}: the run diverged; "
@@ -232,9 +273,9 @@ class _Loop:
             "lr_highest": max(rates),
             "frozen_layers": freezer.num_frozen,
             "trained_parameters": sum(p.numel() for p in parameters if p.requires_grad),
-            "seconds": self.sums.seconds,
-            "step_seconds": median(self.sums.step_seconds),
-            "images_per_second": self.sums.images / self.sums.seconds,
+            "seconds": sums.seconds,
+            "step_seconds": median(sums.step_seconds),
+            "images_per_second": sums.images / sums.seconds,
         }
 
     def seconds_left(self) -> float:
@@ -250,6 +291,7 @@ class _Loop:
             f"{config.model} ({count:,} parameters, {len(freezer.layers)} layers) on "
             f"{config.dataset}: {epochs} epochs, {freezer.total_steps} steps, "
             f"{self.job.precision} on {hardware(self.job.device)}"
+            + (f", {self.ranks.size} ranks" if self.ranks.size > 1 else "")
         )
         rates = freezer.schedule.largest_factor(len(freezer.layers), freezer.total_steps)
         freezes = [f for f in freezer.freeze_steps if f < freezer.total_steps]
@@ -265,6 +307,10 @@ class _Stop:
     """Whether a signal has asked the run to stop, and which."""
 
     signal: int | None = None
+
+    def agreed(self, ranks: Ranks) -> int | None:
+        """The signal that came, to any rank: all stop after the same step."""
+        return ranks.largest(self.signal or 0) or None
 
 
 @contextmanager
