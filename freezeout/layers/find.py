@@ -373,7 +373,8 @@ def _layers(
             stacklevel=4,
         )
     # Modules outside every unit: after the layer that was executed before them.
-    ends = sorted((units.times[unit], number[unit]) for unit in units.times)
+    # A parameter of a later layer may be used before it too (a position embedding, then dropout).
+    ends = sorted((use[0], of_parameter[p]) for p, use in trace.uses.items())
     of_module: dict[nn.Module, int] = {}
     for unit, i in number.items():
         for module in unit.modules():
