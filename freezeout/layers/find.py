@@ -2,12 +2,13 @@
 
 import warnings
 from bisect import bisect_right
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import combinations
 
 from torch import nn
 
 from ..errors import InvalidType, InvalidValue
+from .flow import Flow
 from .layer import Layer
 from .trace import ExampleInputs, Stack, Trace, check_order, last_uses
 
@@ -25,9 +26,11 @@ def find_layers(model: nn.Module, example_inputs: ExampleInputs = None) -> list[
     its norm; a norm without a bare neighbour in front goes with what follows, as a final norm
     with the classifier. A parameter used in several places belongs to the last of them; one
     owned by no layer's module (class token, position embedding) to the layer that runs next. A
-    module without parameters belongs to the layer executed before it. Parameters that the
-    forward pass never used go with the last layer, with a warning. Every parameter and every
-    module of the model is in exactly one layer.
+    module without parameters belongs to the layer executed before it. First layers that do not
+    feed each other are one, and so are last ones (parallel heads). Parameters that the forward
+    pass did not use belong to the block that they stand in if it ran (experts that no input
+    took) and otherwise to the last layer, with a warning. Every parameter and every module of the
+    model is in exactly one layer.
 
     Raises:
         InvalidValue: the model has no parameters, or the forward pass fails.
@@ -43,6 +46,8 @@ def find_layers(model: nn.Module, example_inputs: ExampleInputs = None) -> list[
     names = {module: name for name, module in model.named_modules()}
     units = _Units(model, trace)
     groups = _grouped(units.in_order(), units)
+    if trace.flow is not None:
+        groups = _ends_joined(groups, units, trace.flow)
     return _layers(model, trace, units, groups, [_name(group, units, names) for group in groups])
 
 
@@ -103,15 +108,6 @@ def _is_list(module: nn.Module) -> bool:
     return isinstance(module, nn.Sequential | nn.ModuleList | nn.ModuleDict) and not own_forward
 
 
-def _weights(module: nn.Module) -> int:
-    """How many modules inside (itself included) own a weight that mixes channels: a matrix or a
-    kernel, but neither a norm's scale nor a depthwise kernel."""
-    return sum(
-        any(p.ndim >= 2 and p.shape[1] > 1 for p in inner.parameters(recurse=False))
-        for inner in module.modules()
-    )
-
-
 def _elements(module: nn.Module) -> Iterator[nn.Module]:
     """Children with parameters, those of plain lists in place of the lists."""
     for child in module.children():
@@ -121,45 +117,98 @@ def _elements(module: nn.Module) -> Iterator[nn.Module]:
             yield child
 
 
-def _holds_stack(module: nn.Module) -> bool:
-    """Whether blocks of one class stand inside, two in a list or three as the only parts of a
-    module: a stage or an encoder, then, and no block."""
-    for inner in module.modules():
-        parts = list(_elements(inner))
-        kinds = Counter(type(part) for part in parts if _weights(part) >= 2)
-        most = max(kinds.values(), default=0)
-        if isinstance(inner, nn.Sequential | nn.ModuleList | nn.ModuleDict):
-            if most >= 2:
-                return True
-        elif most == len(parts) >= 3:
-            return True
-    return False
+def _alike(one: nn.Module, other: nn.Module) -> bool:
+    """Of one class, and at least half of the parts that both have are of one class too: not so
+    two instances of a wrapper, residual say, around different things."""
+    if type(one) is not type(other):
+        return False
+    parts = dict(one.named_children())
+    both = [(parts[name], part) for name, part in other.named_children() if name in parts]
+    return 2 * sum(type(a) is type(b) for a, b in both) >= len(both)
 
 
-def _find_units(model: nn.Module) -> Iterator[nn.Module]:
-    """The modules that are never split: leaves with parameters, and blocks. A block is a
-    composite module that holds no stack of blocks and not most of the network's weights."""
-    seen: set[nn.Module] = set()
-    most = _weights(model) / 2
+class _Blocks:
+    """Tells the modules that are never split, leaves with parameters and blocks, from those that
+    are made of them."""
 
-    def visit(module: nn.Module, listed: bool) -> Iterator[nn.Module]:
+    def __init__(self, model: nn.Module, trace: Trace) -> None:
+        self._model, self._trace, self._flow = model, trace, trace.flow
+        self._weights: dict[nn.Module, int] = {}
+        self._stacks: dict[nn.Module, bool] = {}
+        self._most = self._count(model) / 2
+
+    def find(self) -> list[nn.Module]:
+        """In the order of definition. A block is a composite module that holds no stack of
+        blocks and not most of the network's weights. A module that several have in common is of
+        the one that it runs in last."""
+        found = list(self._visit(self._model, False, set(), set()))
+        units = set(found)
+        return [
+            unit
+            for unit in found
+            if unit not in self._trace.runs or units.isdisjoint(self._trace.runs[unit][1][:-1])
+        ]
+
+    def _visit(
+        self, module: nn.Module, listed: bool, split: set[type], seen: set[nn.Module]
+    ) -> Iterator[nn.Module]:
+        """`split`: classes of which another module of the same parent is split."""
         if module in seen or next(module.parameters(), None) is None:
             return
         seen.add(module)
         is_list = _is_list(module)
-        is_leaf = next(module.children(), None) is None
-        if not is_leaf and (
-            module is model
+        if not _is_leaf(module) and (
+            module is self._model
             or is_list
-            or _holds_stack(module)
-            or (not listed and _weights(module) > most)
+            or type(module) in split
+            or self._holds_stack(module)
+            or (not listed and self._count(module) > self._most)
         ):
+            stacks = {type(part) for part in _elements(module) if self._holds_stack(part)}
             for child in module.children():
-                yield from visit(child, listed=is_list)
+                yield from self._visit(child, is_list, split | stacks if is_list else stacks, seen)
         else:
             yield module
 
-    return visit(model, listed=False)
+    def _count(self, module: nn.Module) -> int:
+        """How many modules inside (itself included) own a weight that mixes channels: a matrix
+        or a kernel, but neither a norm's scale nor a depthwise kernel."""
+        if module not in self._weights:
+            self._weights[module] = sum(
+                any(p.ndim >= 2 and p.shape[1] > 1 for p in inner.parameters(recurse=False))
+                for inner in module.modules()
+            )
+        return self._weights[module]
+
+    def _holds_stack(self, module: nn.Module) -> bool:
+        """Whether blocks that are alike stand inside, two in a list or three as the only parts
+        of a module, and one feeds another: a stage or an encoder, then, and no block. Branches
+        or experts, of which none feeds another, are part of a block, whatever they hold."""
+        if module not in self._stacks:
+            self._stacks[module] = self._is_stack(module) or (
+                not (self._is_apart(module) and _is_list(module))
+                and any(self._holds_stack(child) for child in module.children())
+            )
+        return self._stacks[module]
+
+    def _is_stack(self, module: nn.Module) -> bool:
+        parts = list(_elements(module))
+        blocks = [part for part in parts if self._count(part) >= 2]
+        if isinstance(module, nn.Sequential | nn.ModuleList | nn.ModuleDict):
+            stacked = any(_alike(a, b) for a, b in combinations(blocks, 2))
+        else:
+            tree = sum(type(block) is type(module) for block in blocks) >= 2
+            same = (
+                len(blocks) == len(parts) >= 3
+                and all(_alike(blocks[0], block) for block in blocks)
+                and not any(_is_list(child) for child in module.children())
+            )
+            stacked = tree or same
+        return stacked and not self._is_apart(module)
+
+    def _is_apart(self, module: nn.Module) -> bool:
+        parts = [c for c in module.children() if next(c.parameters(), None) is not None]
+        return self._flow is not None and len(parts) >= 2 and self._flow.apart(parts)
 
 
 class _Units:
@@ -168,7 +217,7 @@ class _Units:
     def __init__(
         self, model: nn.Module, trace: Trace, modules: Sequence[nn.Module] | None = None
     ) -> None:
-        self.modules = list(_find_units(model)) if modules is None else list(modules)
+        self.modules = _Blocks(model, trace).find() if modules is None else list(modules)
         # All parameters are the root's own, or those of modules that never ran.
         self.modules = self.modules or [model]
         self._set = set(self.modules)
@@ -176,14 +225,25 @@ class _Units:
         self._last = max(self.modules, key=lambda m: trace.runs.get(m, (-1,))[0])
         self.parameters: dict[nn.Module, list[nn.Parameter]] = {m: [] for m in self.modules}
         self.unused: list[str] = []
+        for parameter, use in trace.uses.items():
+            self.parameters[self._user(*use)].append(parameter)
+        # Of blocks that were used otherwise, an expert that no row took say.
+        spare = {
+            parameter: unit
+            for unit, used in self.parameters.items()
+            if used
+            for parameter in unit.parameters()
+            if parameter not in trace.uses
+        }
         for name, parameter in model.named_parameters():
-            use = trace.uses.get(parameter)
-            if use is None:
+            if parameter in spare:
+                self.parameters[spare[parameter]].append(parameter)
+            elif parameter not in trace.uses:
                 self.unused.append(name)
-            else:
-                self.parameters[self._user(*use)].append(parameter)
         self.times = {
-            m: max(trace.uses[p][0] for p in used) for m, used in self.parameters.items() if used
+            m: max(times)
+            for m, used in self.parameters.items()
+            if (times := [trace.uses[p][0] for p in used if p in trace.uses])
         }
         if not self.times:
             raise InvalidValue("the forward pass on example_inputs used none of the parameters")
@@ -203,6 +263,16 @@ class _Units:
         """Whether all it has is a scale or shift a channel: any norm, PReLU, layer scale."""
         return all(p.ndim <= 1 for p in self.parameters[unit])
 
+    def is_depthwise(self, unit: nn.Module) -> bool:
+        """Whether all that it has beside norms are kernels of one channel each."""
+        kernels = {
+            p
+            for owner in unit.modules()
+            for p in owner.parameters(recurse=False)
+            if p.ndim >= 2 and p.shape[1] == 1 < p.shape[0] == getattr(owner, "groups", 1)
+        }
+        return all(p.ndim <= 1 or p in kernels for p in self.parameters[unit])
+
     def in_order(self) -> list[nn.Module]:
         """Units that have parameters, by the last use of any of them."""
         return sorted(self.times, key=self.times.__getitem__)
@@ -211,7 +281,7 @@ class _Units:
 def _grouped(ordered: list[nn.Module], units: _Units) -> list[list[nn.Module]]:
     """Units joined into layers: norms with a neighbour, successive embeddings together."""
     groups: list[list[nn.Module]] = []
-    waiting: list[nn.Module] = []  # norms in front of the weights that they belong to
+    waiting: list[nn.Module] = []  # norms and depthwise kernels in front of what they belong to
 
     def bare(group: list[nn.Module]) -> bool:
         return all(_is_leaf(unit) and not units.is_norm(unit) for unit in group)
@@ -224,6 +294,8 @@ def _grouped(ordered: list[nn.Module], units: _Units) -> list[list[nn.Module]]:
                 groups[-1].append(unit)
             else:
                 waiting.append(unit)
+        elif units.is_depthwise(unit):
+            waiting.append(unit)
         elif (
             isinstance(unit, nn.Embedding)
             and groups
@@ -239,13 +311,43 @@ def _grouped(ordered: list[nn.Module], units: _Units) -> list[list[nn.Module]]:
     return groups
 
 
+def _ends_joined(groups: list[list[nn.Module]], units: _Units, flow: Flow) -> list[list[nn.Module]]:
+    """The groups with those joined that come first, or last, and do not feed one another:
+    embeddings or stems of several inputs, parallel heads."""
+
+    def apart(group: list[nn.Module], others: list[list[nn.Module]]) -> bool:
+        weights = [unit for unit in group if not units.is_norm(unit)]
+        return not any(
+            flow.feeds(one, part) or flow.feeds(part, one)
+            for one in weights
+            for other in others
+            for part in other
+            if not units.is_norm(part)
+        )
+
+    first = 1
+    while first < len(groups) and apart(groups[first], groups[:first]):
+        first += 1
+    last = len(groups) - 1
+    while last > first and apart(groups[last - 1], groups[last:]):
+        last -= 1
+    if first == len(groups):  # all of them side by side
+        return groups
+    return [
+        [unit for group in groups[:first] for unit in group],
+        *groups[first:last],
+        [unit for group in groups[last:] for unit in group],
+    ]
+
+
 def _is_leaf(unit: nn.Module) -> bool:
     return next(unit.children(), None) is None
 
 
 def _name(group: list[nn.Module], units: _Units, names: dict[nn.Module, str]) -> str:
-    first = next((unit for unit in group if not units.is_norm(unit)), group[0])
-    return names[first] or "model"
+    weights = [unit for unit in group if not units.is_norm(unit)]
+    mixing = [unit for unit in weights if not units.is_depthwise(unit)]
+    return names[[*mixing, *weights, *group][0]] or "model"
 
 
 def _layers(
@@ -271,7 +373,8 @@ def _layers(
             stacklevel=4,
         )
     # Modules outside every unit: after the layer that was executed before them.
-    ends = sorted((units.times[unit], number[unit]) for unit in units.times)
+    # A parameter of a later layer may be used before it too (a position embedding, then dropout).
+    ends = sorted((use[0], of_parameter[p]) for p, use in trace.uses.items())
     of_module: dict[nn.Module, int] = {}
     for unit, i in number.items():
         for module in unit.modules():
@@ -294,7 +397,7 @@ def _layers(
             of_module[module] = max(parts)
         return of_module[module]
 
-    inner = set(_inner(units.modules))
+    inner = set(_inner(units.modules)) - set(units.modules)
     return [
         Layer(
             name,

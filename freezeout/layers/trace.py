@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
 from ..errors import InvalidValue, LayerOrderError
+from .flow import Flow
 
 if TYPE_CHECKING:
     from .layer import Layer
@@ -32,12 +33,14 @@ class Trace:
         uses: for each parameter used, the time of its last use and the modules running then. A
             use is an operation that takes the parameter, wherever it is called from.
         starts: every (time, module) at which a module started to run.
+        flow: which modules fed which; None if no forward pass was seen.
     """
 
     def __init__(self) -> None:
         self.runs: dict[nn.Module, tuple[int, Stack]] = {}
         self.uses: dict[nn.Parameter, tuple[int, Stack]] = {}
         self.starts: list[tuple[int, nn.Module]] = []
+        self.flow: Flow | None = None
         self._time = 0
         self._running: list[nn.Module] = []
 
@@ -46,6 +49,7 @@ class Trace:
         """Record `model` on `example_inputs`, in evaluation mode, leaving no mark on it: modes,
         buffers, random state and gradients are as before."""
         trace = cls()
+        trace.flow = Flow()
         args, kwargs = call_arguments(example_inputs)
         with _undisturbed(model), trace.listening(model):
             try:
@@ -123,13 +127,18 @@ class _UseListener(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._sharded = _places(model) if sharded_modules(model) else []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        for value in tree_leaves((args, kwargs)):
+        taken = tree_leaves((args, kwargs))
+        for value in taken:
             if isinstance(value, nn.Parameter):
                 if value in self._parameters:
                     self._trace._use(value)
                 elif self._sharded:
                     self._use_unsharded(value)
-        return func(*args, **(kwargs or {}))
+        given = func(*args, **(kwargs or {}))
+        if self._trace.flow is not None:
+            in_place = func._schema.is_mutable
+            self._trace.flow.record(self._trace._running, taken, given, in_place)
+        return given
 
     def _use_unsharded(self, value: nn.Parameter) -> None:
         for module, name, parameter in self._sharded:
