@@ -3,7 +3,7 @@
 import copy
 import pickle
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -19,6 +19,13 @@ from tests.models import CLASSES, conv_net, images, linear_net, run, vectors
 EARLY = Schedule(0.4, "linear")
 STEPS = 20
 Step = Callable[[], None]
+
+
+@pytest.fixture
+def room_for_graphs() -> Iterator[None]:
+    """As `parallel.allow_stages` makes it, so that nothing is said about too many graphs."""
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        yield
 
 
 def setup(model: nn.Module, x: Tensor, **options: Any) -> tuple[FreezeOut, Step]:
@@ -219,6 +226,7 @@ def test_training_set_by_hand_wakes_a_norm_and_is_found() -> None:
         step()
 
 
+@pytest.mark.usefixtures("room_for_graphs")
 @pytest.mark.parametrize("norm", [nn.BatchNorm1d, nn.LayerNorm])
 def test_a_stale_compiled_graph_is_found(norm: type[nn.Module]) -> None:
     """torch is told to skip its guards, and so runs the graph from before the freeze."""
@@ -283,6 +291,7 @@ class Stack(nn.Module):
         return self.head(x)  # type: ignore[no-any-return]
 
 
+@pytest.mark.usefixtures("room_for_graphs")
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # dynamo's own
 def test_the_check_costs_no_compilation() -> None:
     """As many graphs as without it, for blocks compiled alone and for the model as a whole."""
@@ -483,6 +492,7 @@ def test_a_model_changed_after_construction_is_refused_by_name(
     freezer.release()
 
 
+@pytest.mark.usefixtures("room_for_graphs")
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # dynamo's own
 def test_a_module_wrapped_after_construction_is_the_same_model() -> None:
     model = conv_net()
