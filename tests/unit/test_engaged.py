@@ -358,6 +358,28 @@ def test_reentrant_checkpointing_is_refused_with_the_reason(inside: bool, at: in
             step()
 
 
+def test_reentrant_checkpointing_of_a_function_is_found_in_the_graph() -> None:
+    """It calls no module, so that none is seen to run inside."""
+
+    class Functional(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(5, 5), nn.Linear(5, 5), nn.Linear(5, CLASSES)
+
+        def forward(self, x: Tensor) -> Tensor:
+            def inner(y: Tensor) -> Tensor:
+                return nn.functional.linear(y, self.b.weight).tanh()
+
+            y = self.a(x)
+            return self.c(checkpoint(inner, y, use_reentrant=True) if self.training else inner(y))  # type: ignore[no-any-return]
+
+    model = Functional()
+    model.b.bias = None  # type: ignore[assignment]
+    _, step = setup(model, vectors(0)[0])
+    with pytest.raises(FreezeOutError, match=r"the model runs under reentrant"):
+        step()
+
+
 @pytest.mark.parametrize("inside", [False, True])
 def test_non_reentrant_checkpointing_freezes_and_trains(inside: bool) -> None:
     model, plain = Checkpointed(False, inside), Checkpointed(False, inside).eval()
