@@ -420,6 +420,31 @@ def test_fewer_stages_need_fewer_graphs() -> None:
     torch.testing.assert_close(actual, expected)
 
 
+@WAYS
+def test_no_part_of_a_model_keeps_a_graph_from_before_a_freeze(way: str) -> None:
+    """After a graph break, the part that a freeze leaves alone is a graph of its own."""
+    handed_on: list[bool] = []
+
+    class Broken(Tied):
+        def forward(self, tokens: Tensor) -> Tensor:
+            x = self.embed(tokens)
+            torch._dynamo.graph_break()
+            handed_on.append(x.requires_grad)
+            for block in self.blocks:
+                x = block(x)
+            return self.head(x)  # type: ignore[no-any-return]
+
+    freezer = driven(Broken(), tokens, 12)
+    handed_on.clear()
+    allow_stages(freezer)
+    forward = compiled(freezer.model, way, "eager")
+    first = freezer.freeze_steps[0]
+    while freezer.step_count < 12:
+        forward(tokens(0)[0])
+        freezer.step()
+    assert handed_on == [True] * first + [False] * (12 - first)
+
+
 def test_beyond_the_room_for_stages_is_an_error() -> None:
     freezer = driven(Net(4), vectors, 12)
     allow_stages(freezer)
