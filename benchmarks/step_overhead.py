@@ -72,7 +72,11 @@ def bookkeeping() -> None:
     """Claim 1."""
     calls = 1000
     model = hundred_layers()
-    freezer = FreezeOut(model, SGD(model.parameters(), lr=0.1), 10**9)
+    driven = SGD(model.parameters(), lr=0.1)
+    freezer = FreezeOut(model, driven, 10**9)
+    for _ in range(25):  # steps without updates would be warned of at first
+        driven.step()
+        freezer.step()
     groups = [{"params": list(layer.parameters())} for layer in hundred_layers()]
     optimizer = SGD(groups, lr=0.1)
     scheduler = CosineAnnealingLR(optimizer, 10**9)
