@@ -98,6 +98,7 @@ class Bypasses(Right):
         return y if not self.training else y + self.first.weight.requires_grad_().sum()
 
 
+@pytest.mark.filterwarnings("ignore:freezing did not fully engage")  # as it did not
 @pytest.mark.parametrize(
     ("model", "message"),
     [
