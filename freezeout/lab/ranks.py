@@ -6,6 +6,7 @@ Rank 0 writes files and prints; every rank computes its share of each batch. Wit
 nothing here does anything.
 """
 
+import gc
 import hashlib
 import os
 import time
@@ -174,3 +175,4 @@ def launched() -> Iterator[Ranks]:
         raise
     finally:
         dist.destroy_process_group()
+        gc.collect()  # its threads end with the last reference, which a cycle may hold

@@ -15,6 +15,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+
+# Imported once a process group exists, as DDP does, this takes the group for its default arguments
+# and keeps it alive; gloo's threads then may abort the process at the interpreter's end.
+import torch.distributed.nn.functional
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
