@@ -384,7 +384,10 @@ def _layers(
     def place(module: nn.Module) -> int:
         if module in of_module:
             return of_module[module]
-        if _is_leaf(module) or module in units.parameters:
+        if _is_leaf(module) and (used := _used_last_by(module, trace)):
+            # In a block of which only a method is called, say.
+            of_module[module] = max(of_parameter[p] for p in used)
+        elif _is_leaf(module) or module in units.parameters:
             # Without parameters, or with none that are not used again later.
             if module in trace.runs:
                 before = bisect_right(ends, trace.runs[module][0], key=lambda end: end[0])
@@ -407,6 +410,12 @@ def _layers(
         )
         for i, name in enumerate(names)
     ]
+
+
+def _used_last_by(module: nn.Module, trace: Trace) -> list[nn.Parameter]:
+    """The module's own parameters whose last use was in a run of it."""
+    own = module.parameters(recurse=False)
+    return [p for p in own if p in trace.uses and module in trace.uses[p][1]]
 
 
 def _inner(units: Iterable[nn.Module]) -> Iterator[nn.Module]:

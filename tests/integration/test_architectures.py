@@ -307,6 +307,31 @@ def test_dropout_behind_a_parameter_of_the_next_layer_does_not_cut_it() -> None:
     assert check(model, torch.randn(8, 5)).cut == []
 
 
+def test_a_part_of_which_only_a_method_is_called_is_not_cut_from_its_layer() -> None:
+    """A relative position bias computed once, before the blocks."""
+
+    class Bias(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
+
+        def bias(self) -> Any:
+            return self.net(torch.ones(4))
+
+    class Positions(Blocks):
+        def __init__(self) -> None:
+            super().__init__(Expert(), Expert())
+            self.position = Bias()
+
+        def forward(self, x: Tensor) -> Any:
+            x, bias = self.stem(x), self.position.bias()
+            for block in self.blocks:
+                x = block(x + bias)
+            return self.head(x)
+
+    check(Positions(), torch.randn(8, 5))
+
+
 # --- refusals ---------------------------------------------------------------------------------
 
 
