@@ -155,7 +155,7 @@ def test_a_single_process_takes_every_image_and_two_share_them() -> None:
 def test_the_first_20_losses_are_those_of_a_single_process(command: Path, tmp_path: Path) -> None:
     """Batches of 359 of 1,437 images: an odd number, and each epoch's last batch has one image,
     so that one rank has none. Three layers freeze on the way."""
-    arguments = {"model": "plain", "depth": None, "growth": None, "dropout": None, "lr": 0.05}
+    arguments = {"model": "plain", "depth": None, "growth": None, "dropout": None, "lr": 0.02}
     losses: dict[int, list[float]] = {}
     for ranks in (1, 2):
         folder = tmp_path / str(ranks)
@@ -171,7 +171,7 @@ def test_the_first_20_losses_are_those_of_a_single_process(command: Path, tmp_pa
         assert [sum(counts) for _, counts in steps] == [1 if i in last else 359 for i in range(20)]
         losses[ranks] = [sum(sums) / sum(counts) for sums, counts in steps]
     assert losses[2] == pytest.approx(losses[1], rel=0, abs=1e-5)
-    assert losses[1][0] - losses[1][18] > 0.2  # something was learnt
+    assert losses[1][0] - losses[1][18] > 0.1  # something was learnt
     one, two = (read_rows(tmp_path / str(ranks)) for ranks in (1, 2))
     assert [row["frozen_layers"] for row in two] == [row["frozen_layers"] for row in one]
     assert two[-1]["frozen_layers"] == 3
