@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.functional import cross_entropy
 from torch.optim import SGD, AdamW, Optimizer
@@ -243,3 +243,28 @@ def test_resumes_from_a_distributed_checkpoint(
 def test_the_order_is_checked_in_the_first_forward_pass(ranks: list[dict[str, Any]]) -> None:
     for found in ranks:
         torch.testing.assert_close(found["checked"], found["adamw"][:3], rtol=0, atol=0)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")  # of FSDP1
+def test_fsdp1_refuses_a_unit_that_is_half_frozen_and_fsdp2_takes_it() -> None:
+    """FSDP1 makes one tensor of a unit's parameters, which requires a gradient or does not."""
+    dist.init_process_group(
+        "gloo", store=torch._C._distributed_c10d.HashStore(), rank=0, world_size=1
+    )
+    try:
+        model = network()
+        model[0].requires_grad_(False)
+        with pytest.raises(ValueError, match="uniform `requires_grad`"):
+            FullyShardedDataParallel(model, device_id=torch.device("cpu"))
+        model = network()
+        fully_shard(model)
+        freezer = FreezeOut(model, SGD(model.parameters(), 0.1), STEPS, layers=list(model))
+        while freezer.num_frozen < 1:
+            freezer._optimizers[0].optimizer.step()
+            freezer.step()
+        torch.autograd.backward(model(torch.randn(3, 8)).sum())
+        has_gradient = [p.grad is not None for p in model.parameters()]
+        frozen = len(list(model[0].parameters()))
+        assert has_gradient == [False] * frozen + [True] * (len(has_gradient) - frozen)
+    finally:
+        dist.destroy_process_group()
