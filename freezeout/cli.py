@@ -12,6 +12,7 @@ try:
     import tyro
 
     from .lab.config import TrainConfig
+    from .lab.estimate.config import EstimateConfig
 except ImportError as error:  # the extra is not installed
     sys.exit(f"freezeout: {error}; the command needs: pip install 'freezeout[lab]'")
 
@@ -37,12 +38,22 @@ def train(
         lab.resume(resume)
 
 
+def estimate(config: Annotated[EstimateConfig, tyro.conf.arg(name="")]) -> None:
+    """Predict what FreezeOut saves on a model: time, FLOPs and memory, before training it.
+
+    One step is counted, which takes no memory, and measured on the device (60 steps at most).
+    """
+    from .lab.estimate.command import run  # torch is loaded here, not for --help
+
+    run(config)
+
+
 def main(argv: list[str] | None = None) -> None:
     """Run the command. Exit status: 0 done, 2 for a mistake in what it was given (one line says
     which), 128 + the signal's number when stopped."""
     words = sys.argv[1:] if argv is None else argv
     app = tyro.extras.SubcommandApp()
-    commands: list[Callable[..., None]] = [train]
+    commands: list[Callable[..., None]] = [train, estimate]
     for command in commands:
         app.command(command)
     warnings.showwarning = _show_warning

@@ -79,10 +79,10 @@ class TrainConfig:
             raise InvalidValue(f"seed must be below 2**63, got {self.seed}")
         if self.steps is not None:
             whole_number("steps", self.steps)
-        _check_number("lr", self.lr, 0, math.inf, above=True)
-        _check_number("weight_decay", self.weight_decay, 0, math.inf)
-        _check_number("momentum", self.momentum, 0, 1)
-        _check_number("dropout", self.dropout, 0, 1)
+        check_number("lr", self.lr, 0, math.inf, above=True)
+        check_number("weight_decay", self.weight_decay, 0, math.inf)
+        check_number("momentum", self.momentum, 0, 1)
+        check_number("dropout", self.dropout, 0, 1)
         if self.precision not in PRECISIONS:
             raise InvalidValue(
                 f"precision must be one of {', '.join(PRECISIONS)}, got {self.precision!r}"
@@ -145,7 +145,8 @@ def _plain_types(annotation: Any) -> tuple[type, ...]:
     )
 
 
-def _check_number(name: str, value: object, low: float, high: float, above: bool = False) -> None:
+def check_number(name: str, value: object, low: float, high: float, above: bool = False) -> None:
+    """InvalidType or InvalidValue unless `value` is in [low, high), or (low, high) if `above`."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise InvalidType(f"{name} must be a number, got {value!r}")
     if not (low < value if above else low <= value) or not value < high:  # NaN fails too

@@ -1,0 +1,158 @@
+"""What one training step costs at each depth, measured on the device at hand."""
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from statistics import median
+
+import torch
+from torch import nn
+
+from ..errors import InvalidValue
+from ..layers import Layer
+
+
+def measure_step_costs(
+    step: Callable[[], object],
+    layers: Sequence[Layer],
+    *,
+    depths: int = 8,
+    rounds: int = 5,
+    warmup: int = 2,
+    device: torch.device | None = None,
+) -> list[float]:
+    """Seconds of one training step with k layers frozen, for k = 0 ... n - 1.
+
+    Args:
+        step: makes one training step (forward, backward, update). It is called
+            `warmup + depths * rounds` times, so give it a scratch copy of the model.
+        layers: that copy's n layers, none of them frozen. They are frozen on the way, and are as
+            they were afterwards.
+        depths: how many depths are measured, evenly spaced; those between are interpolated.
+        rounds: every round visits all measured depths once, so that a machine that slows down
+            slows all of them; each depth's cost is its median.
+        warmup: steps made and forgotten before the first.
+        device: the accelerator to wait for around each step; None: there is none.
+    """
+    if rounds < 1 or depths < 1:
+        raise InvalidValue(f"rounds and depths must be at least 1, got {rounds} and {depths}")
+    measured = evenly_spaced(len(layers), depths)
+    wait = _waiter(device)
+    for _ in range(warmup):
+        step()
+    seconds: dict[int, list[float]] = {depth: [] for depth in measured}
+    with unfrozen(layers) as unfreeze:
+        for _ in range(rounds):
+            for depth in measured:
+                for layer in layers[:depth]:
+                    layer.freeze()
+                wait()
+                start = time.perf_counter()
+                step()
+                wait()
+                seconds[depth].append(time.perf_counter() - start)
+            unfreeze()
+    return interpolated({depth: median(times) for depth, times in seconds.items()}, len(layers))
+
+
+def measure_prefix_seconds(
+    forward: Callable[[], object],
+    layers: Sequence[Layer],
+    *,
+    depths: int = 8,
+    rounds: int = 5,
+    device: torch.device | None = None,
+) -> list[float]:
+    """Seconds of the first k layers' forward pass, frozen, for k = 0 ... n - 1: what a cache of
+    their results would spare.
+
+    Arguments as in `measure_step_costs`; `forward` makes one forward pass, which is left as soon
+    as it comes to layer k.
+    """
+    measured = evenly_spaced(len(layers), depths)[1:]
+    wait = _waiter(device)
+    seconds: dict[int, list[float]] = {depth: [] for depth in measured}
+    with unfrozen(layers) as unfreeze, torch.no_grad():
+        for _ in range(rounds):
+            for depth in measured:
+                for layer in layers[:depth]:
+                    layer.freeze()
+                with _stopping_at(layers[depth]):
+                    wait()
+                    start = time.perf_counter()
+                    with suppress(_Reached):
+                        forward()
+                    wait()
+                    seconds[depth].append(time.perf_counter() - start)
+            unfreeze()
+    medians = {depth: median(times) for depth, times in seconds.items()}
+    return interpolated({0: 0.0, **medians}, len(layers))
+
+
+class _Reached(Exception):
+    """The forward pass has come to the layer that is waited for."""
+
+
+@contextmanager
+def _stopping_at(layer: Layer) -> Iterator[None]:
+    def reached(module: nn.Module, args: object) -> None:
+        raise _Reached
+
+    handles = [
+        module.register_forward_pre_hook(reached, prepend=True)
+        for module in layer.modules
+        if next(module.children(), None) is None
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def unfrozen(layers: Sequence[Layer]) -> Iterator[Callable[[], None]]:
+    """For a block that freezes layers: gives what unfreezes all of them, in the mode that they
+    had at first, and does so in the end."""
+    training = layers[-1].modules[0].training
+
+    def unfreeze() -> None:
+        for layer in layers:
+            layer.unfreeze(training)
+
+    try:
+        yield unfreeze
+    finally:
+        unfreeze()
+
+
+def evenly_spaced(num_layers: int, depths: int) -> list[int]:
+    """At most `depths` of the depths 0 ... n - 1, the first and the last among them.
+
+    >>> evenly_spaced(20, 4)
+    [0, 6, 13, 19]
+    """
+    last = num_layers - 1
+    return sorted({round(last * i / max(1, depths - 1)) for i in range(depths)})
+
+
+def interpolated(measured: Mapping[int, float], num_layers: int) -> list[float]:
+    """A value for every depth 0 ... n - 1, linear between those that were measured.
+
+    >>> interpolated({0: 4.0, 2: 2.0}, 3)
+    [4.0, 3.0, 2.0]
+    """
+    depths = sorted(measured)
+    values = []
+    for k in range(num_layers):
+        after = next(depth for depth in depths if depth >= k)
+        before = max(depth for depth in depths if depth <= k)
+        share = (k - before) / (after - before) if after > before else 0.0
+        values.append(measured[before] * (1 - share) + measured[after] * share)
+    return values
+
+
+def _waiter(device: torch.device | None) -> Callable[[], None]:
+    if device is None or device.type == "cpu":
+        return lambda: None
+    return lambda: torch.accelerator.synchronize(device)
