@@ -250,6 +250,15 @@ class FreezeOut:
 
     # --- for people ---------------------------------------------------------------------
 
+    @property
+    def step_seconds(self) -> dict[int, tuple[int, float | None]]:
+        """For each number of frozen layers so far: the steps made with them, and the median
+        seconds between two calls of `step()`; None before there were two in a row."""
+        return {
+            depth: (count, median(self._seconds[depth]) if depth in self._seconds else None)
+            for depth, count in self._counts.items()
+        }
+
     def seconds_saved(self) -> tuple[float, float] | None:
         """Seconds that freezing has saved so far, and their share of what the steps made so far
         would have taken without it; None while too little has been measured.
@@ -257,22 +266,36 @@ class FreezeOut:
         From the median time between two calls of `step()` at each depth, so that pauses for
         evaluation do not count.
         """
-        if 0 not in self._seconds or len(self._seconds) < 2:
+        made = self.step_seconds
+        full = made.get(0, (0, None))[1]
+        if full is None or len(made) < 2:
             return None
-        full = median(self._seconds[0])
         saved = sum(
-            count * (full - median(self._seconds[depth])) for depth, count in self._counts.items()
+            count * (full - seconds) for count, seconds in made.values() if seconds is not None
         )
-        return saved, saved / (full * sum(self._counts.values()))
+        return saved, saved / (full * sum(count for count, _ in made.values()))
 
-    def summary(self) -> str:
-        """One line: what was frozen and what that saved."""
+    def predicted_share(self, step_costs: Sequence[float]) -> float | None:
+        """The share of the cost of the steps made so far that freezing should have saved, by the
+        cost of one step with k layers frozen, k = 0 ... n - 1, in any unit (see
+        `freezeout.profile`). None before the first step."""
+        if len(step_costs) != len(self.layers):
+            raise InvalidValue(f"{len(step_costs)} step costs for {len(self.layers)} layers")
+        if not self._counts:
+            return None
+        spent = sum(count * step_costs[depth] for depth, count in self._counts.items())
+        return 1 - spent / (step_costs[0] * sum(self._counts.values()))
+
+    def summary(self, step_costs: Sequence[float] | None = None) -> str:
+        """One line: what was frozen, what that saved, and with `step_costs` what was predicted
+        (see `predicted_share`)."""
         froze = f"froze {self.num_frozen} of {len(self.layers)} layers"
         saved = self.seconds_saved()
-        if saved is None:
-            return froze
-        seconds, share = saved
-        return f"{froze}; {_duration(seconds)} saved ({share:.0%} of the steps' time)"
+        if saved is not None:
+            seconds, share = saved
+            froze += f"; {_duration(seconds)} saved ({share:.0%} of the steps' time)"
+        predicted = None if step_costs is None else self.predicted_share(step_costs)
+        return froze if predicted is None else f"{froze}, predicted {predicted:.0%}"
 
     def __str__(self) -> str:
         """A table of the layers: parameters, freeze step, learning rate."""

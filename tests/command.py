@@ -17,7 +17,7 @@ from freezeout.cli import main
 
 EPOCHS, STEPS_PER_EPOCH, LAYERS = 4, 23, 7
 TOTAL_STEPS = EPOCHS * STEPS_PER_EPOCH
-FILES = ("checkpoint.pt", "config.json", "metrics.jsonl", "model.safetensors")
+FILES = ("checkpoint.pt", "config.json", "metrics.jsonl", "model.safetensors", "savings.json")
 TIMES = ("seconds", "step_seconds", "images_per_second")
 
 # Dropout, so that torch's generator matters; a layer freezes in every epoch.
@@ -145,7 +145,7 @@ def read_checkpoint(folder: Path) -> dict[str, Any]:
 def differences(folder: Path, reference: Path) -> list[str]:
     """What tells a finished run from another, times aside; empty: they are bit-identical."""
     found = []
-    if (names := sorted(os.listdir(folder))) != list(FILES):
+    if (names := sorted(os.listdir(folder))) != sorted(os.listdir(reference)):
         return [f"{folder} holds {names}"]
     rows = read_timeless(folder)
     if (epochs := [row["epoch"] for row in rows]) != list(range(1, len(rows) + 1)):

@@ -1,4 +1,5 @@
-"""A run's folder: `config.json`, `metrics.jsonl`, `checkpoint.pt`, `model.safetensors`.
+"""A run's folder: `config.json`, `metrics.jsonl`, `checkpoint.pt`, `model.safetensors`, and where
+layers freeze `savings.json`.
 
 Each file is written under a temporary name and renamed: whoever reads it, after a crash too,
 finds the old content or the new one.
@@ -18,9 +19,10 @@ from torch import nn
 
 from ..errors import CheckpointError, InvalidValue
 
-CONFIG, METRICS, CHECKPOINT, WEIGHTS = (
+CONFIG, METRICS, SAVINGS, CHECKPOINT, WEIGHTS = (
     "config.json",
     "metrics.jsonl",
+    "savings.json",
     "checkpoint.pt",
     "model.safetensors",
 )
@@ -86,6 +88,10 @@ class RunFolder:
     def write_metrics(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """One JSON object a line, one line an epoch."""
         self._write(METRICS, _lines(rows).encode())
+
+    def write_savings(self, savings: Mapping[str, Any]) -> None:
+        """Predicted and measured seconds of a step at each depth (see prediction.py)."""
+        self._write(SAVINGS, (json.dumps(savings, indent=2) + "\n").encode())
 
     def save_checkpoint(self, state: Mapping[str, Any]) -> None:
         """Replace the checkpoint, once the new one is whole and on the disk."""

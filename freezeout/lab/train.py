@@ -25,6 +25,7 @@ from .config import TrainConfig
 from .device import hardware
 from .display import Display
 from .job import Job, Sums, random_state, set_random_state
+from .prediction import Prediction, warning
 from .ranks import Ranks, launched
 from .run_folder import RunFolder, resume_command
 
@@ -53,11 +54,11 @@ def train(config: TrainConfig) -> Path:
             ranks.first(lambda: _summary_writer() and None)
         job = ranks.each(lambda: Job(config, ranks))
         with _stop_signal() as stop:
-            epochs, costs = ranks.first(job.plan)
+            epochs, prediction = ranks.first(job.plan)
             folder = ranks.first(
-                lambda: RunFolder.create(config.folder, job.description(epochs, costs))
+                lambda: RunFolder.create(config.folder, job.description(epochs, prediction))
             )
-            return _Loop(job, folder, epochs, stop).run()
+            return _Loop(job, folder, epochs, prediction, stop).run()
 
 
 def resume(path: Path) -> Path:
@@ -69,12 +70,12 @@ def resume(path: Path) -> Path:
     """
     with launched() as ranks:
         ranks.check_equal({"resume": str(path)})
-        config, epochs, identity = ranks.each(lambda: _configuration(path))
+        config, epochs, prediction, identity = ranks.each(lambda: _configuration(path))
         job = ranks.each(lambda: Job(config, ranks))
         folder = RunFolder(path)
         state = ranks.each(lambda: _checkpoint(folder, job, identity, epochs))
         with _stop_signal() as stop:
-            loop = _Loop(job, folder, epochs, stop)
+            loop = _Loop(job, folder, epochs, prediction, stop)
             loop.identity = identity
             if state is not None:
                 ranks.each(lambda: loop.restore(state))
@@ -83,22 +84,26 @@ def resume(path: Path) -> Path:
                         print(f"{path} has been trained to its end; nothing is left to do")
                     return path
                 # A kill may have come between the checkpoint and the metrics.
-                ranks.first(lambda: folder.write_metrics(loop.rows))
+                ranks.first(loop.write_results)
             return loop.run()
 
 
-def _configuration(path: Path) -> tuple[TrainConfig, int, dict[str, Any]]:
-    """Of the run in a folder: how to go on, the number of epochs, and the options as given."""
+def _configuration(
+    path: Path,
+) -> tuple[TrainConfig, int, Prediction | None, dict[str, Any]]:
+    """Of the run in a folder: how to go on, the number of epochs, what the steps should cost, and
+    the options as given."""
     folder = RunFolder.existing(path)
     saved = folder.read_config()
     try:
         resolved, values = saved["resolved"], saved["config"]
         epochs = whole_number("epochs", resolved["epochs"])
+        prediction = Prediction.from_json(resolved["prediction"])
         asked = TrainConfig.from_json(values)
         config = replace(asked, out=path, precision=resolved["precision"])
     except (KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path}/config.json is not a run's configuration") from error
-    return config, epochs, values
+    return config, epochs, prediction, values
 
 
 def _checkpoint(
@@ -128,8 +133,16 @@ def _check_same(state: dict[str, Any], mine: dict[str, Any], epochs: int, path: 
 class _Loop:
     """The training loop, and where it stands."""
 
-    def __init__(self, job: Job, folder: RunFolder, epochs: int, stop: "_Stop") -> None:
+    def __init__(
+        self,
+        job: Job,
+        folder: RunFolder,
+        epochs: int,
+        prediction: Prediction | None,
+        stop: "_Stop",
+    ) -> None:
         self.job, self.folder, self.epochs, self.stop = job, folder, epochs, stop
+        self.prediction = prediction
         self.ranks = job.ranks
         self.identity = job.config.to_json()  # of the configuration, in checkpoints
         self.total_steps = job.total_steps(epochs)
@@ -196,14 +209,23 @@ class _Loop:
                 self.rows.append(self.row(heldout))
                 self.epoch, self.batch, self.sums = self.epoch + 1, 0, Sums.empty(job.device)
                 self.save()
-                ranks.first(lambda: self.folder.write_metrics(self.rows))
+                ranks.first(self.write_results)
                 _write_scalars(writer, self.rows[-1])
                 display.epoch(self.rows[-1], self.epochs, self.seconds_left())
         ranks.first(lambda: self.folder.save_weights(job.model))
         if job.config.freezeout:
-            display.say(freezer.summary())
+            costs = None if self.prediction is None else self.prediction.step_costs
+            display.say(freezer.summary(costs))
+            if self.prediction is not None and (line := warning(self.prediction.against(freezer))):
+                display.say(line)
         display.say(f"run folder: {path}")
         return path
+
+    def write_results(self) -> None:
+        """The finished epochs' metrics, and predicted beside measured costs."""
+        if self.prediction is not None:
+            self.folder.write_savings(self.prediction.against(self.freezer))
+        self.folder.write_metrics(self.rows)
 
     def train_epoch(self, display: Display) -> None:
         """Make the epoch's remaining steps."""

@@ -145,7 +145,8 @@ class _Forward:
 
     def __init__(self, model: nn.Module, layers: Sequence[Layer], counter: FlopCounterMode) -> None:
         self._counter = counter
-        self._modules = {module: i for i, layer in enumerate(layers) for module in layer.modules}
+        # Modules whose results are detached when their layer is frozen.
+        self._layer_of = {module: i for i, layer in enumerate(layers) for module in layer.boundary}
         self._model = model
         self._stack: list[int] = []
         self._last = 0  # the layer that ran last: what no layer's module does goes with it
@@ -180,7 +181,9 @@ class _Forward:
         if module is self._model:  # the batch is there in any case
             batch = (v for v in tree_leaves((args, kwargs)) if isinstance(v, Tensor))
             self._own |= {tensor.untyped_storage()._cdata for tensor in batch}
-        layer = self._modules.get(module, self._stack[-1] if self._stack else len(self.flops) - 1)
+        # A module that blocks share belongs to the last one's layer, but in each it goes with it.
+        outside = self._stack[-1] if self._stack else len(self.flops) - 1
+        layer = min(outside, self._layer_of.get(module, outside))
         innermost = next(module.children(), None) is None
         if innermost and self.entering[layer] == 0:
             taken = [v for v in tree_leaves((args, kwargs)) if isinstance(v, Tensor)]
@@ -203,14 +206,14 @@ class _Forward:
         self._counted = total
 
     def _mark(self) -> None:
-        self.starts.append(torch.autograd._get_sequence_nr())
+        self.starts.append(_next_number())
         self.owners.append(self._stack[-1] if self._stack else len(self.flops) - 1)
 
     def _keep(self, tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         if storage._cdata not in self._own:
             # The node that keeps it is the one made last.
-            number = torch.autograd._get_sequence_nr() - 1
+            number = _next_number() - 1
             self.kept.append((number, storage._cdata, storage.nbytes()))
             self._alive.append(tensor)
         return tensor
@@ -315,6 +318,12 @@ def _children_first(root: Any) -> list[Any]:
             seen.add(child)
             waiting.append((child, iter(child.next_functions)))
     return order
+
+
+def _next_number() -> int:
+    """The sequence number that autograd's next node will have."""
+    number: int = torch.autograd._get_sequence_nr()  # type: ignore[attr-defined]
+    return number
 
 
 def _size(tensor: Tensor) -> int:

@@ -30,9 +30,7 @@ def faked(model: nn.Module, inputs: Any, device: torch.device) -> Iterator[Any]:
 
 def _fake(tensor: Tensor, device: torch.device, memo: dict[Tensor, Tensor]) -> Tensor:
     if tensor not in memo:
-        like = torch.empty_strided(
-            tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device
-        )
+        like = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
         if isinstance(tensor, nn.Parameter):
             like = nn.Parameter(like, requires_grad=tensor.requires_grad)
         memo[tensor] = like

@@ -3,6 +3,7 @@
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -13,6 +14,8 @@ from torch.utils._pytree import tree_leaves
 
 from ..layers import Layer
 from .seconds import evenly_spaced, interpolated, unfrozen
+
+_ALIKE = 0.05  # share of the peak by which what is interpolated may differ from depth to depth
 
 
 @dataclass(frozen=True)
@@ -51,44 +54,62 @@ def predict_memory(
     batch: Any,
     saved_bytes: Sequence[int],
     *,
-    depths: int = 8,
+    depths: int = 5,
 ) -> Memory:
-    """The memory of one training step at every depth, from steps with a copy on the meta device.
+    """The memory of one training step at every depth, from steps with a copy without memory.
+
+    At each depth the peak is the sum of what is exact, parameters, optimizer state and
+    activations, and of the rest: results on the way. The rest is known where a step was made, and
+    interpolated between two such depths if it is about the same at both.
 
     Args:
-        step: makes one training step: forward, backward, update, `zero_grad`. Called
-            1 + `depths` times.
+        step: makes one training step: forward, backward, update, `zero_grad`.
         model, layers, optimizer: the copy, its n layers, none of them frozen, and an optimizer
             of the kind that will be used. The optimizer loses its state.
         batch: the step's tensors, in any structure.
         saved_bytes: activations at each depth, from `count_step`.
-        depths: at how many depths a step is made. Between these the peak is the sum of what is
-            exact, parameters, optimizer state and activations, and of an interpolated rest:
-            results that pass by.
+        depths: at how many depths a step is made at least.
     """
     step()
     tensors = [*model.parameters(), *model.buffers()]
-    others: dict[int, float] = {}
-    fixed = []
-    measured = evenly_spaced(len(layers), depths)
-    with unfrozen(layers):
-        for depth, saved in enumerate(saved_bytes):
-            for layer in layers[:depth]:
-                layer.freeze()
-                for parameter in layer.parameters:
-                    optimizer.state.pop(parameter, None)
-            state = [v for v in tree_leaves(list(optimizer.state.values())) if _is_tensor(v)]
-            fixed.append(_bytes([*tensors, *state]))
-            if depth in measured:
-                batch_tensors = filter(_is_tensor, tree_leaves(batch))
-                peak = peak_bytes(step, [*tensors, *state, *batch_tensors])
-                others[depth] = float(peak - fixed[depth] - saved)
+    batch = [value for value in tree_leaves(batch) if _is_tensor(value)]
+    states = dict(optimizer.state)
+
+    def stand_at(depth: int) -> list[Tensor]:
+        """Freeze; returns all that is there before a step."""
+        unfreeze()
+        optimizer.state.clear()
+        optimizer.state.update(states)
+        for layer in layers[:depth]:
+            layer.freeze()
+            for parameter in layer.parameters:
+                optimizer.state.pop(parameter, None)
+        state = tree_leaves([list(values.values()) for values in optimizer.state.values()])
+        return [*tensors, *filter(_is_tensor, state)]
+
+    with unfrozen(layers) as unfreeze:
+        fixed = [_bytes(stand_at(depth)) for depth in range(len(layers))]
+
+        def rest(depth: int) -> float:
+            peak = peak_bytes(step, [*stand_at(depth), *batch])
+            return float(peak - fixed[depth] - saved_bytes[depth])
+
+        known = {depth: rest(depth) for depth in evenly_spaced(len(layers), depths)}
+        gaps = list(pairwise(sorted(known)))
+        while gaps:
+            low, high = gaps.pop()
+            between = (low + high) // 2
+            least = fixed[high] + saved_bytes[high] + known[high]
+            if between > low and abs(known[low] - known[high]) > _ALIKE * least:
+                known[between] = rest(between)
+                gaps += [(low, between), (between, high)]
     optimizer.state.clear()
-    rest = interpolated(others, len(layers))
     return Memory(
         tuple(
             StepMemory(each, saved, round(each + saved + other))
-            for each, saved, other in zip(fixed, saved_bytes, rest, strict=True)
+            for each, saved, other in zip(
+                fixed, saved_bytes, interpolated(known, len(layers)), strict=True
+            )
         )
     )
 

@@ -37,6 +37,7 @@ from freezeout.lab import job as lab_job
 from freezeout.lab.config import TrainConfig
 from freezeout.lab.data import CIFAR10, eval_batches, load_data
 from freezeout.lab.models import build_model, model_layers
+from freezeout.lab.prediction import Prediction
 from tests.command import (
     EPOCHS,
     FILES,
@@ -184,6 +185,10 @@ def test_config_holds_what_the_run_was_made_of(finished: Path) -> None:
     assert saved["config"]["model"] == "densenet"
     assert saved["config"]["t_0"] == 0.4
     assert saved["config"]["seed"] == 0
+    prediction = saved["resolved"].pop("prediction")
+    assert prediction["basis"] == "counted"  # the run is too short for measuring
+    assert prediction["step_costs"] == sorted(prediction["step_costs"], reverse=True)
+    assert len(set(prediction["step_costs"])) == LAYERS
     assert saved["resolved"] == {
         "epochs": EPOCHS,
         "total_steps": TOTAL_STEPS,
@@ -192,7 +197,6 @@ def test_config_holds_what_the_run_was_made_of(finished: Path) -> None:
         "device": "cpu",
         "precision": "fp32",
         "memory_format": "channels_last",
-        "step_costs_seconds": None,
     }
     assert f"{torch.get_num_threads()} threads" in saved["hardware"]
     assert saved["versions"]["torch"] == torch.__version__
@@ -270,7 +274,7 @@ def test_constant_time_adds_epochs_until_the_predicted_time_is_the_baselines(
     assert run_here(capsys, *options(**arguments, dropout=0, epochs=3, out=folder)).status == 0
     resolved = json.loads((folder / "config.json").read_text())["resolved"]
     epochs: int = resolved["epochs"]
-    costs: list[float] = resolved["step_costs_seconds"]
+    costs: list[float] = resolved["prediction"]["step_costs"]
     assert len(costs) == LAYERS
     assert len(read_rows(folder)) == epochs > 3
 
@@ -312,7 +316,7 @@ def test_constant_time_of_a_long_run_is_right_to_the_epoch(monkeypatch: Patch) -
         return abs(run_cost(costs, ends, steps) - 40 * STEPS_PER_EPOCH * costs[0])
 
     epochs, recorded = lab_job.Job(config).plan()
-    assert recorded == costs
+    assert recorded == Prediction("measured", tuple(costs))
     assert epochs == min(range(1, 200), key=missed) > 50
 
 

@@ -8,8 +8,20 @@ from hypothesis import strategies as st
 
 import freezeout.cost
 from freezeout import Schedule
-from freezeout.cost import run_cost, saving, steps_at_depth
+from freezeout.cost import (
+    epochs_of_equal_cost,
+    epochs_within,
+    paper_costs,
+    paper_saving,
+    run_cost,
+    saving,
+    steps_at_depth,
+    t_0_for_saving,
+    with_cache,
+)
 from freezeout.errors import InvalidValue
+from freezeout.schedule import HowScale
+from tests import reference
 
 runs = st.tuples(st.floats(0.01, 1), st.integers(1, 30), st.integers(1, 500), st.integers(1, 50))
 properties = settings(max_examples=60, deadline=None)
@@ -22,7 +34,7 @@ def ends_of(run: tuple[float, int, int, int]) -> tuple[int, ...]:
 
 def test_docstring_examples_hold() -> None:
     result = doctest.testmod(freezeout.cost)
-    assert (result.failed, result.attempted) == (0, 2)
+    assert (result.failed, result.attempted) == (0, 8)
 
 
 @properties
@@ -65,3 +77,91 @@ def test_nothing_frozen_saves_nothing() -> None:
 def test_costs_of_another_number_of_layers_are_refused() -> None:
     with pytest.raises(InvalidValue, match="2 step costs for 3 layers"):
         run_cost([1.0, 2.0], (5, 7, 10), 10)
+
+
+@pytest.mark.parametrize("how_scale", ["linear", "squared", "cubic"])
+@pytest.mark.parametrize("depth", [22, 76, 100])
+def test_the_papers_formula_is_the_papers(how_scale: HowScale, depth: int) -> None:
+    for tenth in range(1, 10):
+        t_0 = tenth / 10
+        share = paper_saving(paper_costs(depth, 12), Schedule(t_0, how_scale))
+        assert share == pytest.approx(reference.saved_share(depth, 12, t_0, how_scale), abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("t_0", "how_scale", "share"),
+    [
+        (0.8, "cubic", 0.1778133024829064),
+        (0.5, "linear", 0.2248882882882882),
+        (0.5, "squared", 0.28049196493791084),
+    ],
+)
+def test_the_papers_formula_gives_known_figures(
+    t_0: float, how_scale: HowScale, share: float
+) -> None:
+    assert paper_saving(paper_costs(76, 12), Schedule(t_0, how_scale)) == pytest.approx(
+        share, abs=1e-12
+    )
+
+
+def test_the_papers_formula_is_not_for_given_times() -> None:
+    with pytest.raises(InvalidValue, match="not for given times"):
+        paper_saving(paper_costs(), Schedule(times=(0.5, 1.0)))
+    with pytest.raises(InvalidValue, match="depth must be at least 10, got 4"):
+        paper_costs(4)
+
+
+@properties
+@given(st.lists(st.floats(1, 1e3), min_size=2, max_size=20), st.floats(0.01, 0.6))
+def test_a_target_gives_the_latest_t_0_that_reaches_it(costs: list[float], target: float) -> None:
+    costs.sort(reverse=True)
+    schedule = Schedule(how_scale="linear", scale_lr=False)
+
+    def saved(t_0: float) -> float:
+        ends = Schedule(t_0, "linear", False).freeze_steps(len(costs), 500)
+        return saving(costs, ends, 500)
+
+    most = saved(0.001)
+    if most < target:
+        with pytest.raises(InvalidValue, match=f"at most {most:.1%}"):
+            t_0_for_saving(costs, target, schedule, 500)
+        return
+    t_0 = t_0_for_saving(costs, target, schedule, 500)
+    assert saved(t_0) >= target
+    assert t_0 == 1 or saved(round(t_0 + 0.001, 3)) < target
+
+
+@pytest.mark.parametrize("target", [0, 1, -0.2, 20, True, float("nan")])
+def test_a_target_must_be_a_share(target: float) -> None:
+    with pytest.raises(InvalidValue, match=r"share in \(0, 1\)"):
+        t_0_for_saving([2.0, 1.0], target, Schedule(), 100)
+
+
+@properties
+@given(st.floats(1, 1e6), st.lists(st.floats(1, 100), min_size=2, max_size=9), st.integers(1, 50))
+def test_as_many_epochs_as_fit(budget: float, costs: list[float], steps_per_epoch: int) -> None:
+    def cost(epochs: int) -> float:
+        steps = epochs * steps_per_epoch
+        return run_cost(costs, Schedule().freeze_steps(len(costs), steps), steps)
+
+    costs.sort(reverse=True)
+    epochs = epochs_within(budget, costs, Schedule(), steps_per_epoch)
+    assert epochs == 0 or cost(epochs) <= budget
+    assert cost(epochs + 1) > budget
+
+
+def test_equal_cost_is_to_the_nearest_epoch() -> None:
+    costs = [10.0, 6.0, 2.0]
+
+    def missed(epochs: int) -> float:
+        steps = 10 * epochs
+        return abs(run_cost(costs, Schedule().freeze_steps(3, steps), steps) - 10000)
+
+    assert epochs_of_equal_cost(100, costs, Schedule(), 10) == min(range(1, 300), key=missed) > 100
+    assert epochs_of_equal_cost(100, costs, Schedule(t_0=1), 10) == 100
+
+
+def test_a_cache_is_used_where_reading_is_cheaper() -> None:
+    assert with_cache([10.0, 8.0, 6.0], [0.0, 2.0, 4.0], [0.0, 3.0, 1.0]) == [10.0, 8.0, 3.0]
+    with pytest.raises(ValueError, match="shorter"):
+        with_cache([10.0, 8.0], [0.0], [0.0, 3.0])

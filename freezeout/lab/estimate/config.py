@@ -11,6 +11,7 @@ from ...schedule import HowScale, Schedule, whole_number
 from ..config import PRECISIONS, check_number
 
 _TIME = re.compile(r"(?=.)(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m)?(?:(\d+(?:\.\d+)?)s)?")
+_UNITS = (3600, 60, 1)  # seconds of an hour, a minute, a second
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,9 @@ class EstimateConfig:
             raise InvalidType(f"time_budget must be a text such as 2h, got {text!r}")
         found = _TIME.fullmatch(text.replace(" ", ""))
         parts = found.groups() if found else ()
-        total = sum(float(part or 0) * size for part, size in zip(parts, (3600, 60, 1), strict=False))
+        total = sum(
+            float(part or 0) * size for part, size in zip(parts, (3600, 60, 1), strict=False)
+        )
         if not total > 0:
             raise InvalidValue(
                 f"time_budget must be a time such as 2h, 90m, 45s or 1h30m, got {text!r}"

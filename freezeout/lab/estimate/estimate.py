@@ -9,13 +9,16 @@ from itertools import pairwise
 from typing import Any, get_args
 
 import torch
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+)
 
 from ...cost import (
     epochs_within,
     paper_costs,
     paper_saving,
     run_cost,
-    saving,
     steps_at_depth,
     t_0_for_saving,
     with_cache,
@@ -147,8 +150,8 @@ def _step(
     counted, reason = _without_memory(config, device)
     if counted is None and not config.measure:
         raise InvalidValue(
-            f"{config.model} cannot be run without real tensors ({reason}); leave out --no-measure "
-            "to count it on the device"
+            f"{config.model} cannot be counted without real tensors ({reason}); leave out "
+            "--no-measure"
         )
     if not config.measure and counted is not None:
         return Step(*counted, seconds=None, cached_seconds=None)
@@ -181,10 +184,18 @@ def _without_memory(
         with faked(model, inputs, device) as inputs:
             return _counted(Subject(config, (model, inputs), device)), None
     except Exception as error:  # what a foreign model does with such tensors: anything
-        if not config.measure and isinstance(error, FreezeOutError):
+        if isinstance(error, FreezeOutError) and not _is_for_lack_of_values(error):
             raise
         lines = str(error).strip().splitlines() or [type(error).__name__]
         return None, lines[0].rstrip(".")
+
+
+def _is_for_lack_of_values(error: BaseException | None) -> bool:
+    """Whether the model failed because tensors without memory have no values."""
+    kinds = (NotImplementedError, DataDependentOutputException, DynamicOutputShapeException)
+    while error is not None and not isinstance(error, kinds):
+        error = error.__cause__
+    return error is not None
 
 
 def _counted(subject: Subject) -> Counted:
@@ -331,12 +342,16 @@ def _run(
     times = schedule or Schedule(t_0=1)
     freeze_steps = times.freeze_steps(n, total_steps)
     flops = step.count.step_costs()
+    if cached:
+        flops = with_cache(flops, step.count.prefix_costs(), [0.0] * n)
+    flops_spent = run_cost(flops, freeze_steps, total_steps)
+    flops_saved = 1 - flops_spent / (total_steps * flops[0])
     own = step.cached_seconds if cached else step.seconds
     spent = run_cost(own, freeze_steps, total_steps) if own is not None else None
     if step.seconds is not None and spent is not None:
         saved = 1 - spent / (total_steps * step.seconds[0])
     else:
-        saved = saving(flops, freeze_steps, total_steps)
+        saved = flops_saved
     depths = [sum(f <= at for f in freeze_steps) for at in (0, total_steps // 2, total_steps - 1)]
     peaks = [step.memory.steps[depth].peak for depth in depths]
     return Run(
@@ -345,8 +360,8 @@ def _run(
         epochs=epochs,
         total_steps=total_steps,
         freeze_steps=freeze_steps,
-        flops=run_cost(flops, freeze_steps, total_steps),
-        flops_saved=saving(flops, freeze_steps, total_steps),
+        flops=flops_spent,
+        flops_saved=flops_saved,
         seconds=spent,
         saved=saved,
         largest_rate=times.largest_factor(n, total_steps) * config.lr,

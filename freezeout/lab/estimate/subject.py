@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from ...errors import InvalidValue
 from ...freezer import FreezeOut
 from ...layers.trace import call_arguments
+from ...schedule import Schedule
 from ..device import choose_precision
 from ..models import build_model, model_layers
 from .config import EstimateConfig
@@ -53,16 +54,21 @@ class Subject:
             self._labels = torch.zeros(self.batch_size, dtype=torch.int64)
             self.optimizer = self._make_optimizer(config)
         self.batch = [*tensors, self._labels]
+        freezer = self.freezer(total_steps=1)
+        freezer.release()
+        self.layers = freezer.layers
+
+    def freezer(self, total_steps: int, schedule: Schedule | None = None) -> FreezeOut:
+        """FreezeOut over the model's own layers, or those that a forward pass finds."""
         layers = None if self._is_own else model_layers(self.model)
-        freezer = FreezeOut(
+        return FreezeOut(
             self.model,
             self.optimizer,
-            total_steps=1,
+            total_steps,
+            schedule=schedule,
             layers=layers,
             example_inputs=None if layers is not None else (self._args, self._kwargs),
         )
-        freezer.release()
-        self.layers = freezer.layers
 
     def loss(self) -> Tensor:
         """One forward pass, and the loss to go backward from.

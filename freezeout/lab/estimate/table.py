@@ -35,7 +35,9 @@ def show(estimate: Estimate, console: Console, base_rate: float) -> None:
 
 
 def _layers(estimate: Estimate) -> Table:
-    table = Table("layer", box=SIMPLE, title="layers, in the order in which they freeze", title_justify="left")
+    table = Table(
+        "layer", box=SIMPLE, title="layers, in the order in which they freeze", title_justify="left"
+    )
     for name in ("parameters", "forward", "backward", "freezes after"):
         table.add_column(name, justify="right")
     step, run = estimate.step, estimate.runs[1]
@@ -94,7 +96,7 @@ def _rate(run: Run, base_rate: float) -> str:
 
 
 def _number(value: float) -> str:
-    for size, letter in _UNITS:
-        if value >= size:
-            return f"{value / size:.3g} {letter}"
+    for unit, letter in _UNITS:
+        if value >= unit:
+            return f"{value / unit:.3g} {letter}"
     return f"{value:.0f}"

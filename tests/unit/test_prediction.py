@@ -1,0 +1,111 @@
+"""Predicted against measured seconds, with a clock that goes on by what a step is said to cost."""
+
+import time
+
+import pytest
+import torch
+from torch.optim import SGD
+
+from freezeout import FreezeOut, Schedule
+from freezeout.errors import CheckpointError, InvalidValue
+from freezeout.lab.prediction import Prediction, warning
+from tests.models import linear_net
+
+COSTS = (10.0, 8.0, 6.0, 4.0)
+TIMES = Schedule(times=(0.2, 0.4, 0.6, 1.0))
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    now = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    return now
+
+
+def trained(clock: list[float], costs: tuple[float, ...], total: int = 100) -> FreezeOut:
+    """A run whose steps take `costs[num_frozen]` seconds."""
+    model = linear_net(4)
+    optimizer = SGD(model.parameters(), lr=0.1)
+    x = torch.randn(2, 5)
+    freezer = FreezeOut(model, optimizer, total, schedule=TIMES, example_inputs=x)
+    for _ in range(total):
+        model(x).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        clock[0] += costs[freezer.num_frozen]
+        freezer.step()
+    return freezer
+
+
+def test_a_run_as_predicted_has_no_flags(clock: list[float]) -> None:
+    prediction = Prediction("measured", COSTS)
+    savings = prediction.against(trained(clock, COSTS))
+    assert savings["basis"] == "measured"
+    assert savings["predicted_share"] == pytest.approx((20 * 2 + 20 * 4 + 40 * 6) / 1000)
+    assert savings["measured_share"] == pytest.approx(savings["predicted_share"])
+    steps = [20, 20, 20, 40]
+    for depth, each in enumerate(savings["depths"]):
+        assert each == {
+            "frozen_layers": depth,
+            "steps": steps[depth],
+            "predicted_step_seconds": COSTS[depth],
+            "measured_step_seconds": pytest.approx(COSTS[depth]),
+            "flagged": False,
+        }
+    assert warning(savings) is None
+
+
+def test_depths_that_save_less_than_70_percent_are_flagged(clock: list[float]) -> None:
+    # Saved 1.5, 2.7 and 4.3 of 2, 4 and 6: the shares 0.75, 0.675 and 0.717.
+    savings = Prediction("measured", COSTS).against(trained(clock, (10.0, 8.5, 7.3, 5.7)))
+    assert [each["flagged"] for each in savings["depths"]] == [False, False, True, False]
+    line = warning(savings)
+    assert line is not None
+    assert "number of frozen layers was 2 (20 steps)" in line
+    assert "70%" in line
+
+
+def test_counted_costs_are_compared_by_their_ratios(clock: list[float]) -> None:
+    counted = Prediction("counted", tuple(7e9 * cost for cost in COSTS))
+    savings = counted.against(trained(clock, COSTS))
+    for depth, each in enumerate(savings["depths"]):
+        assert each["predicted_step_seconds"] == pytest.approx(COSTS[depth])
+        assert not each["flagged"]
+    assert savings["predicted_share"] == pytest.approx(0.36)
+
+
+def test_a_few_steps_are_no_evidence(clock: list[float]) -> None:
+    savings = Prediction("measured", COSTS).against(trained(clock, (10.0,) * 4, total=20))
+    assert [each["steps"] for each in savings["depths"]] == [4, 4, 4, 8]
+    assert not any(each["flagged"] for each in savings["depths"])
+
+
+def test_before_the_first_step_nothing_is_said() -> None:
+    model = linear_net(4)
+    x = torch.randn(2, 5)
+    freezer = FreezeOut(model, SGD(model.parameters()), 10, example_inputs=x)
+    savings = Prediction("counted", COSTS).against(freezer)
+    assert savings == {
+        "basis": "counted",
+        "predicted_share": None,
+        "measured_share": None,
+        "depths": [],
+    }
+
+
+def test_the_summary_says_what_was_predicted(clock: list[float]) -> None:
+    freezer = trained(clock, COSTS)
+    share = "36% of the steps' time"
+    assert freezer.summary() == f"froze 3 of 4 layers; 6 min saved ({share})"
+    assert freezer.summary(COSTS) == f"froze 3 of 4 layers; 6 min saved ({share}), predicted 36%"
+    with pytest.raises(InvalidValue, match="3 step costs for 4 layers"):
+        freezer.summary(COSTS[:3])
+
+
+def test_it_is_written_and_read() -> None:
+    prediction = Prediction("measured", COSTS)
+    assert Prediction.from_json(prediction.to_json()) == prediction
+    assert Prediction.from_json(None) is None
+    for wrong in ({}, 3, {"basis": "guessed", "step_costs": [1.0]}, {"basis": "measured"}):
+        with pytest.raises(CheckpointError):
+            Prediction.from_json(wrong)
