@@ -1,5 +1,6 @@
 """Models and inputs without memory: what counting needs, and all that it needs."""
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -18,7 +19,7 @@ def faked(model: nn.Module, inputs: Any, device: torch.device) -> Iterator[Any]:
     kernel would pass them by; fake ones take both as on `device`, and no memory either. The
     model's parameters are replaced for good, tied ones by tied ones.
     """
-    with FakeTensorMode(), torch.device(device):
+    with FakeTensorMode(), torch.device(device), _unlogged():
         memo: dict[Tensor, Tensor] = {}
         for module in model.modules():
             for own in (module._parameters, module._buffers):
@@ -26,6 +27,18 @@ def faked(model: nn.Module, inputs: Any, device: torch.device) -> Iterator[Any]:
                     if tensor is not None:
                         own[name] = _fake(tensor, device, memo)  # type: ignore[assignment]
         yield tree_map_only(Tensor, lambda tensor: _fake(tensor, device, memo), inputs)
+
+
+@contextmanager
+def _unlogged() -> Iterator[None]:
+    """An operation that fails is raised; torch would log its traceback as well."""
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    level = log.level
+    log.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
 
 
 def _fake(tensor: Tensor, device: torch.device, memo: dict[Tensor, Tensor]) -> Tensor:

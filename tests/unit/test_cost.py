@@ -121,7 +121,7 @@ def test_a_target_gives_the_latest_t_0_that_reaches_it(costs: list[float], targe
         ends = Schedule(t_0, "linear", False).freeze_steps(len(costs), 500)
         return saving(costs, ends, 500)
 
-    most = saved(0.001)
+    most = max(0.0, saved(0.001))
     if most < target:
         with pytest.raises(InvalidValue, match=f"at most {most:.1%}"):
             t_0_for_saving(costs, target, schedule, 500)

@@ -1,7 +1,6 @@
 """FLOPs and activations counted from one step, against steps with layers really frozen."""
 
 import copy
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -22,16 +21,6 @@ from freezeout.profile.fake import faked
 from tests.counting import count_literally, loss_of
 from tests.models import ResNet, TiedTransformer, images, tokens
 from tests.zoo import timm_architecture, torchvision_architecture, transformers_architecture
-
-Loss = torch.nn.Module
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def layers_of(model: nn.Module, inputs: ExampleInputs) -> list[Layer]:

@@ -1,6 +1,6 @@
 """Predicted memory, without any, against that of real training steps."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -15,15 +15,6 @@ from freezeout.lab.models import build_model
 from freezeout.profile import Memory, count_step, peak_bytes, predict_memory
 from freezeout.profile.fake import faked
 from freezeout.profile.seconds import evenly_spaced
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
 
 Make = Callable[[nn.Module], Optimizer]
 
