@@ -1,4 +1,4 @@
-"""What making a batch costs beside a training step: `python benchmarks/batches.py`.
+"""What making a batch costs beside a training step: `python -m benchmarks.batches`.
 
 Augmented 32x32 images for a Wide ResNet 16-1; making a batch and training on it take turns, so
 that whatever else the machine does meets both. Prints medians and their ratio, in milliseconds;
@@ -10,12 +10,13 @@ import statistics
 import time
 
 import torch
-from timing import environment
 from torch import nn
 
 from freezeout.lab.data import batches
 from freezeout.lab.device import choose_precision
 from freezeout.lab.models import build_model
+
+from .timing import environment
 
 WARM_UP = 10
 

@@ -1,4 +1,4 @@
-"""Graphs and seconds of torch.compile beside freezing: python benchmarks/compile_graphs.py
+"""Graphs and seconds of torch.compile beside freezing: python -m benchmarks.compile_graphs
 
 50 equal residual blocks, all of which freeze, one after another, in 100 steps; compiled block by
 block, with all graphs made ahead, and as a whole in as few and as many stages as asked for.
@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable
 
 import torch
-from timing import environment
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch.nn.functional import cross_entropy
@@ -16,6 +15,8 @@ from torch.optim import SGD
 
 from freezeout import FreezeOut, Schedule
 from freezeout.parallel import allow_stages, compile_layers
+
+from .timing import environment
 
 BLOCKS, WIDTH, BATCH, STEPS = 50, 128, 256, 100
 

@@ -1,6 +1,6 @@
 """A training step with half the layers frozen, as a share of a full one.
 
-    python benchmarks/half_frozen.py [--precision bf16]
+    python -m benchmarks.half_frozen [--precision bf16]
 
 Forward, backward and update of the paper's networks, batch 50, synthetic images; frozen layers
 still run forward. Depths take turns; medians.
@@ -10,10 +10,11 @@ import argparse
 from dataclasses import replace
 
 import torch
-from timing import environment, interleaved
 
 from freezeout.lab.config import TrainConfig
 from freezeout.lab.job import Job
+
+from .timing import environment, interleaved
 
 NETWORKS = {  # name: (options, claimed share of a full step)
     "DenseNet-BC-76": (TrainConfig(model="densenet", dataset="digits"), 0.40),

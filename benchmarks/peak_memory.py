@@ -14,13 +14,14 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 import tests.conftest  # noqa: F401  (lets timm be imported beside a CPU torch)
-from benchmarks.predicted_savings import MODELS
 from freezeout.lab.device import hardware
 from freezeout.lab.estimate.config import EstimateConfig
 from freezeout.lab.estimate.estimate import size
 from freezeout.lab.estimate.subject import Subject, build, moved
 from freezeout.profile import count_step, peak_bytes, predict_memory
 from freezeout.profile.fake import faked
+
+from .predicted_savings import MODELS
 
 
 def main() -> None:

@@ -1,6 +1,6 @@
 """A whole run's training seconds beside the sum of its measured step costs.
 
-    python benchmarks/run_against_steps.py
+    python -m benchmarks.run_against_steps
 
 Nothing should be lost around the steps (batches, bookkeeping, freezing): claim within 5 %. Trains
 a Wide ResNet 16-1 on digits with FreezeOut; before and after, the cost of a step is measured at
@@ -14,13 +14,13 @@ from dataclasses import replace
 from pathlib import Path
 from statistics import median
 
-from timing import environment
-
 from freezeout.cost import run_cost
 from freezeout.lab.config import TrainConfig
 from freezeout.lab.job import Job
 from freezeout.lab.run_folder import METRICS
 from freezeout.lab.train import train
+
+from .timing import environment
 
 CONFIG = TrainConfig(model="wrn", depth=16, widen_factor=1, dataset="digits", epochs=20)
 

@@ -1,4 +1,4 @@
-"""What FreezeOut adds to a training step: python benchmarks/step_overhead.py
+"""What FreezeOut adds to a training step: python -m benchmarks.step_overhead
 
 1. `FreezeOut.step()` between freezes, 100 layers and 300 parameters, beside
    `CosineAnnealingLR.step()` on as many groups.
@@ -9,12 +9,13 @@
 from collections.abc import Callable
 
 import torch
-from timing import environment, interleaved, timed
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from freezeout import FreezeOut
+
+from .timing import environment, interleaved, timed
 
 
 class Bottleneck(nn.Module):

@@ -367,7 +367,7 @@ def _run(
         largest_rate=times.largest_factor(n, total_steps) * config.lr,
         peak_bytes=(peaks[0], peaks[1], peaks[2]),
         batch_growth=step.memory.batch_growth(depths[2]),
-        paper_saved=_paper_saved(config, schedule),
+        paper_saved=None if cached else _paper_saved(config, schedule),
     )
 
 

@@ -1,4 +1,4 @@
-"""An estimate as a person reads it."""
+"""An estimate as a person reads it, in 80 columns."""
 
 from rich.box import SIMPLE
 from rich.console import Console
@@ -19,25 +19,20 @@ def show(estimate: Estimate, console: Console, base_rate: float) -> None:
         f"{step.batch_size} items a step, {step.precision}, {estimate.optimizer}; "
         f"{estimate.hardware}"
     )
-    compared = len(estimate.runs) > 3  # scaled and unscaled runs cost the same: shown once
-    if not compared:
-        console.print(_layers(estimate))
-    console.print(_runs(estimate, base_rate, compared))
-    if compared:
+    if len(estimate.runs) > 3:
+        console.print(_compared(estimate, base_rate))
+        # Scaled and unscaled runs cost the same.
         console.print(f"Unscaled, each costs and saves the same; its rates start at {base_rate:g}.")
-    last = estimate.runs[1]
-    if not compared and last.batch_growth >= 1.1:
-        console.print(
-            f"In the last steps memory would hold batches {last.batch_growth:.1f} times as large."
-        )
+    else:
+        console.print(_layers(estimate))
+        console.print(_runs(estimate, base_rate))
     for remark in estimate.remarks:
         console.print(f"Note: {remark}.")
 
 
 def _layers(estimate: Estimate) -> Table:
-    table = Table(
-        "layer", box=SIMPLE, title="layers, in the order in which they freeze", title_justify="left"
-    )
+    title = "layers, in the order in which they freeze"
+    table = Table("layer", box=SIMPLE, title=title, title_justify="left")
     for name in ("parameters", "forward", "backward", "freezes after"):
         table.add_column(name, justify="right")
     step, run = estimate.step, estimate.runs[1]
@@ -54,41 +49,63 @@ def _layers(estimate: Estimate) -> Table:
     return table
 
 
-def _runs(estimate: Estimate, base_rate: float, compared: bool) -> Table:
+def _runs(estimate: Estimate, base_rate: float) -> Table:
+    """A column a run."""
+    table = Table("the run", box=SIMPLE)
+    for run in estimate.runs:
+        table.add_column(run.name, justify="right")
+    runs = estimate.runs
+    lines = {
+        "epochs": [f"{run.epochs:,}" for run in runs],
+        "steps": [f"{run.total_steps:,}" for run in runs],
+        "layers freeze at": [_freezing(run) for run in runs],
+        "FLOPs": [_number(run.flops) for run in runs],
+        "FLOPs saved": [_saved(run, run.flops_saved) for run in runs],
+    }
+    if runs[0].seconds is not None:
+        lines["time"] = [duration(run.seconds or 0.0) for run in runs]
+        lines["time saved"] = [_saved(run, run.saved) for run in runs]
+    if any(run.paper_saved is not None for run in runs):
+        shares = [run.paper_saved for run in runs]
+        lines["saved, by the paper's formula"] = [f"{s:.1%}" if s else "" for s in shares]
+    lines["highest learning rate"] = [_rate(run, base_rate) for run in runs]
+    for number, moment in enumerate(("memory at the start", "  halfway", "  at the end")):
+        lines[moment] = [size(run.peak_bytes[number]) for run in runs]
+    first = estimate.step.batch_size
+    lines["batch of the same memory, then"] = [str(int(first * r.batch_growth)) for r in runs]
+    for name, cells in lines.items():
+        table.add_row(name, *cells)
+    return table
+
+
+def _compared(estimate: Estimate, base_rate: float) -> Table:
+    """A row a run."""
     first = estimate.runs[0]
     measured = first.seconds is not None
-    same_length = len({run.total_steps for run in estimate.runs}) == 1
-    title = f"runs of {first.epochs} epochs, {first.total_steps:,} steps" if same_length else "runs"
-    table = Table("run", box=SIMPLE, title=title, title_justify="left")
-    names = [] if same_length else ["epochs"]
-    names += ["freezing", "FLOPs"]
-    names += ["FLOPs saved", "time", "time saved"] if measured else ["FLOPs saved"]
-    names += ["highest rate", "memory: start", "middle", "end"]
-    paper = any(run.paper_saved is not None for run in estimate.runs)
-    names += ["paper's formula"] if paper else []
-    for name in names:
+    table = Table("run", box=SIMPLE)
+    names = ["frozen at", "FLOPs saved", *(["time saved"] if measured else [])]
+    for name in (*names, "top rate", "memory: halfway", "at the end"):
         table.add_column(name, justify="right")
     for run in estimate.runs:
-        if compared and run.schedule is not None and not run.schedule.scale_lr:
+        if run.schedule is not None and not run.schedule.scale_lr:
             continue
-        cells = [] if same_length else [str(run.epochs)]
-        cells += [_freezing(run), _number(run.flops)]
-        is_ordinary = run.schedule is None
-        if measured:
-            cells += ["" if is_ordinary else f"{run.flops_saved:.1%}", duration(run.seconds or 0.0)]
-        cells += ["" if is_ordinary else f"{run.saved:.1%}", _rate(run, base_rate)]
-        cells += [size(peak) for peak in run.peak_bytes]
-        if paper:
-            cells.append("" if run.paper_saved is None else f"{run.paper_saved:.1%}")
+        cells = [_freezing(run), _saved(run, run.flops_saved)]
+        cells += [_saved(run, run.saved)] if measured else []
+        cells += [_rate(run, base_rate), *(size(peak) for peak in run.peak_bytes[1:])]
         table.add_row(run.name, *cells)
     return table
+
+
+def _saved(run: Run, share: float) -> str:
+    return "" if run.schedule is None else f"{share:.1%}"
 
 
 def _freezing(run: Run) -> str:
     ends = [end for end in run.freeze_steps if end < run.total_steps]
     if not ends:
         return "none"
-    return f"{ends[0] / run.total_steps:.0%} to {ends[-1] / run.total_steps:.0%}"
+    first, last = (f"{end / run.total_steps:.0%}" for end in (ends[0], ends[-1]))
+    return first if first == last else f"{first} to {last}"
 
 
 def _rate(run: Run, base_rate: float) -> str:

@@ -1,0 +1,1 @@
+"""Scripts that measure: one a claim, each prints a ratio measured in one run."""
