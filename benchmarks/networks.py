@@ -11,22 +11,22 @@ Built = tuple[nn.Module, Any]
 
 def resnet18() -> Built:
     """ResNet-18 on 64 x 64 images."""
-    return _timm("resnet18"), _images(16, 64)
+    return _timm("resnet18"), _images(8, 64)
 
 
 def resnet50() -> Built:
     """ResNet-50 on 64 x 64 images."""
-    return _timm("resnet50"), _images(12, 64)
+    return _timm("resnet50"), _images(4, 64)
 
 
 def vit() -> Built:
     """A ViT of 12 blocks, 192 wide, on 64 patches."""
-    return _timm("vit_tiny_patch16_224", img_size=64, patch_size=8), _images(16, 64)
+    return _timm("vit_tiny_patch16_224", img_size=64, patch_size=8), _images(4, 64)
 
 
 def convnext() -> Built:
     """ConvNeXt-atto on 64 x 64 images."""
-    return _timm("convnext_atto"), _images(24, 64)
+    return _timm("convnext_atto"), _images(12, 64)
 
 
 def gpt() -> Built:
@@ -36,7 +36,7 @@ def gpt() -> Built:
     config = GPT2Config(
         n_layer=6, n_embd=256, n_head=4, n_positions=128, vocab_size=2000, use_cache=False
     )
-    tokens = torch.randint(2000, (8, 128))
+    tokens = torch.randint(2000, (2, 128))
     return GPT2LMHeadModel(config), {"input_ids": tokens, "labels": tokens}
 
 

@@ -16,22 +16,26 @@ def measure_step_costs(
     step: Callable[[], object],
     layers: Sequence[Layer],
     *,
-    depths: int = 8,
+    depths: int = 5,
     rounds: int = 5,
     warmup: int = 2,
+    shape: Sequence[float] | None = None,
     device: torch.device | None = None,
 ) -> list[float]:
     """Seconds of one training step with k layers frozen, for k = 0 ... n - 1.
 
     Args:
         step: makes one training step (forward, backward, update). It is called
-            `warmup + depths * rounds` times, so give it a scratch copy of the model.
+            `warmup + 2 * depths * rounds` times, so give it a scratch copy of the model.
         layers: that copy's n layers, none of them frozen. They are frozen on the way, and are as
             they were afterwards.
         depths: how many depths are measured, evenly spaced; those between are interpolated.
         rounds: every round visits all measured depths once, so that a machine that slows down
-            slows all of them; each depth's cost is its median.
+            slows all of them; each depth's cost is its median. Each visit makes two steps and
+            times the second: the first one after a change gets its memory anew.
         warmup: steps made and forgotten before the first.
+        shape: n costs in another unit, such as counted FLOPs, that seconds between two measured
+            depths follow; None: a straight line.
         device: the accelerator to wait for around each step; None: there is none.
     """
     if rounds < 1 or depths < 1:
@@ -46,21 +50,24 @@ def measure_step_costs(
             for depth in measured:
                 for layer in layers[:depth]:
                     layer.freeze()
+                step()
                 wait()
                 start = time.perf_counter()
                 step()
                 wait()
                 seconds[depth].append(time.perf_counter() - start)
             unfreeze()
-    return interpolated({depth: median(times) for depth, times in seconds.items()}, len(layers))
+    medians = {depth: median(times) for depth, times in seconds.items()}
+    return interpolated(medians, len(layers), shape)
 
 
 def measure_prefix_seconds(
     forward: Callable[[], object],
     layers: Sequence[Layer],
     *,
-    depths: int = 8,
+    depths: int = 5,
     rounds: int = 5,
+    shape: Sequence[float] | None = None,
     device: torch.device | None = None,
 ) -> list[float]:
     """Seconds of the first k layers' forward pass, frozen, for k = 0 ... n - 1: what a cache of
@@ -86,7 +93,7 @@ def measure_prefix_seconds(
                     seconds[depth].append(time.perf_counter() - start)
             unfreeze()
     medians = {depth: median(times) for depth, times in seconds.items()}
-    return interpolated({0: 0.0, **medians}, len(layers))
+    return interpolated({0: 0.0, **medians}, len(layers), shape)
 
 
 class _Reached(Exception):
@@ -136,11 +143,14 @@ def evenly_spaced(num_layers: int, depths: int) -> list[int]:
     return sorted({round(last * i / max(1, depths - 1)) for i in range(depths)})
 
 
-def interpolated(measured: Mapping[int, float], num_layers: int) -> list[float]:
-    """A value for every depth 0 ... n - 1, linear between those that were measured.
+def interpolated(
+    measured: Mapping[int, float], num_layers: int, shape: Sequence[float] | None = None
+) -> list[float]:
+    """A value for every depth 0 ... n - 1: between two that were measured it goes from one to the
+    other as `shape` does, or in a straight line.
 
-    >>> interpolated({0: 4.0, 2: 2.0}, 3)
-    [4.0, 3.0, 2.0]
+    >>> interpolated({0: 4.0, 2: 2.0}, 3), interpolated({0: 4.0, 2: 2.0}, 3, shape=[100, 20, 0])
+    ([4.0, 3.0, 2.0], [4.0, 2.4, 2.0])
     """
     depths = sorted(measured)
     values = []
@@ -148,7 +158,9 @@ def interpolated(measured: Mapping[int, float], num_layers: int) -> list[float]:
         after = next(depth for depth in depths if depth >= k)
         before = max(depth for depth in depths if depth <= k)
         share = (k - before) / (after - before) if after > before else 0.0
-        values.append(measured[before] * (1 - share) + measured[after] * share)
+        if shape is not None and shape[before] != shape[after]:
+            share = (shape[before] - shape[k]) / (shape[before] - shape[after])
+        values.append(measured[before] + share * (measured[after] - measured[before]))
     return values
 
 

@@ -56,10 +56,10 @@ def untouched(layers: Sequence[Layer], training: bool = True) -> bool:
 
 
 def test_each_depth_of_a_short_network_is_measured(training: Make) -> None:
-    here = training(6, lambda depth, number: 10.0 - depth**2 / 4)
+    here = training(5, lambda depth, number: 10.0 - depth**2 / 4)
     costs = measure_step_costs(here.step, here.layers)
-    assert costs == pytest.approx([10 - k**2 / 4 for k in range(6)])
-    assert set(here.depths) == set(range(6))
+    assert costs == pytest.approx([10 - k**2 / 4 for k in range(5)])
+    assert set(here.depths) == set(range(5))
 
 
 def test_depths_between_are_interpolated(training: Make) -> None:
@@ -84,7 +84,7 @@ def test_a_deep_network_takes_few_steps_and_two_come_beforehand(
 ) -> None:
     here = training(num_layers, lambda depth, number: 1.0)
     measure_step_costs(here.step, here.layers)
-    assert len(here.depths) == 2 + 5 * min(8, num_layers) <= 60
+    assert len(here.depths) == 2 + 5 * 2 * min(5, num_layers) <= 60
     assert here.depths[:2] == [0, 0]
 
 
@@ -95,9 +95,28 @@ def test_the_first_steps_are_slow_and_do_not_count(training: Make) -> None:
 
 def test_two_slow_rounds_of_five_change_nothing(training: Make) -> None:
     """The machine was busy: each round visits every depth, and each depth's median counts."""
-    here = training(4, lambda depth, number: (4.0 - depth) * (50 if 6 <= number < 14 else 1))
+    here = training(4, lambda depth, number: (4.0 - depth) * (50 if 10 <= number < 26 else 1))
     assert measure_step_costs(here.step, here.layers) == pytest.approx([4, 3, 2, 1])
-    assert here.depths[2:] == [0, 1, 2, 3] * 5
+    assert here.depths[2:] == [0, 0, 1, 1, 2, 2, 3, 3] * 5
+
+
+def test_the_first_step_at_a_depth_does_not_count(training: Make) -> None:
+    def cost(depth: int, number: int) -> float:
+        is_first = number == 0 or here.depths[-1] != depth
+        return 100.0 if is_first else 4.0 - depth
+
+    here = training(4, cost)
+    assert measure_step_costs(here.step, here.layers) == pytest.approx([4, 3, 2, 1])
+
+
+def test_costs_between_two_depths_follow_a_shape(training: Make) -> None:
+    flops = [float(2 ** (20 - k)) for k in range(20)]
+    here = training(20, lambda depth, number: 3.0 + flops[depth] / 1000)
+    costs = measure_step_costs(here.step, here.layers, shape=flops)
+    assert costs == pytest.approx([3 + each / 1000 for each in flops])
+    # A shape that says nothing between two depths leaves a straight line.
+    flat = measure_step_costs(here.step, here.layers, shape=[1.0] * 20)
+    assert flat == pytest.approx(measure_step_costs(here.step, here.layers))
 
 
 @pytest.mark.parametrize("mode", [True, False])
@@ -134,7 +153,7 @@ def test_the_accelerator_is_waited_for_before_and_after_each_step(
 
     monkeypatch.setattr(torch.accelerator, "synchronize", wait)
     costs = measure_step_costs(step, here.layers, warmup=0, device=torch.device("cuda", 0))
-    assert events == ["wait", "step", "wait"] * 10
+    assert events == ["step", "wait", "step", "wait"] * 10
     assert costs == [2.0, 1.0]
 
 

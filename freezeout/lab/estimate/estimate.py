@@ -164,7 +164,8 @@ def _step(
             counted = _counted(subject)
         say(f"measuring it on {hardware(device)}")
         start = time.perf_counter()
-        seconds = measure_step_costs(subject.step, subject.layers, device=device)
+        shape = counted[1].step_costs()
+        seconds = measure_step_costs(subject.step, subject.layers, shape=shape, device=device)
         cached = _cached(config, subject, counted[1], seconds, device) if config.cache else None
         say(f"measured in {duration(time.perf_counter() - start)}")
     return Step(*counted, tuple(seconds), cached)
@@ -248,7 +249,8 @@ def _cached(
     device: torch.device,
 ) -> tuple[float, ...]:
     """Seconds of a step at each depth if the frozen layers' results were read from memory."""
-    prefix = measure_prefix_seconds(subject.forward, subject.layers, device=device)
+    shape = count.prefix_costs()
+    prefix = measure_prefix_seconds(subject.forward, subject.layers, shape=shape, device=device)
     rate = _read_rate(subject.batch_size, device)
     read = [0.0, *(size / rate for size in count.frontier_bytes[1:])]
     return tuple(with_cache(seconds, prefix, read))
