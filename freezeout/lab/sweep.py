@@ -269,7 +269,7 @@ class _Sweep:
             rival = next((r for r in rivals if r.status != "failed"), None)
             if state.is_over or (rivals and rival is None):
                 continue
-            seconds = self.forecast.seconds(state.cell, rival and rival.cell)
+            seconds = self.forecast.seconds(state.cell, None if rival is None else rival.cell)
             if seconds is not None:
                 seconds = max(0.0, seconds - (now - begun.get(folder, now)))
             left.append(seconds)

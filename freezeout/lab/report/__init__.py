@@ -108,22 +108,16 @@ def _draw(group: Group, out: Path, prefix: str) -> list[Any]:
     has_errors = any(arm.errors for arm in group.arms)
     shown: list[Any] = []
 
-    def add(name: str, title: str, caption: str, figure: Any, without: str) -> None:
+    def add(
+        name: str, title: str, caption: str, figure: Any, without: str, wide: bool = False
+    ) -> None:
         if figure is None:
             shown.append(Shown(title, without, None))
             return
         label = escape(f"{title}: {group.title}", quote=True)
-        shown.append(Shown(title, caption, save(figure, out / f"{prefix}{name}", label)))
+        shown.append(Shown(title, caption, save(figure, out / f"{prefix}{name}", label), wide))
 
-    no_errors = "No error was measured: the runs held out no images."
-    add(
-        "error_against_time",
-        "Error against time saved",
-        "Mean and standard deviation over seeds; numbers are t₀. A strategy pays where it lies "
-        "below the dashed line. (The paper's Figures 2 and 3.)",
-        figures.error_against_time(group) if has_errors and group.full else None,
-        no_errors if not has_errors else "Without an ordinary run, time saved is unknown.",
-    )
+    no_errors = "the runs held out no images, so no error was measured."
     add(
         "error_bars",
         "Error, and its difference at equal time",
@@ -131,6 +125,16 @@ def _draw(group: Group, out: Path, prefix: str) -> list[Any]:
         "an interval that holds zero decides nothing. (The paper's Figure 5.)",
         figures.error_bars(group) if has_errors else None,
         no_errors,
+        wide=True,
+    )
+    add(
+        "error_against_time",
+        "Error against time saved",
+        "Mean and standard deviation over seeds; numbers are t₀. A strategy pays where it lies "
+        "below the dashed line. (The paper's Figures 2 and 3.)",
+        figures.error_against_time(group) if has_errors and group.full else None,
+        no_errors if not has_errors else "without an ordinary run, time saved is unknown.",
+        wide=figures.is_wide(group),
     )
     add(
         "error_against_epochs",
@@ -139,6 +143,7 @@ def _draw(group: Group, out: Path, prefix: str) -> list[Any]:
         "The first quarter may leave the chart. (The paper's Figure 4.)",
         figures.error_against_epochs(group) if has_errors else None,
         no_errors,
+        wide=figures.is_wide(group),
     )
     add(
         "timeline",
@@ -146,6 +151,7 @@ def _draw(group: Group, out: Path, prefix: str) -> list[Any]:
         "Frozen layers at the end of each epoch, and each epoch's median step; mean over seeds.",
         figures.timeline(group),
         "",
+        wide=figures.is_wide(group),
     )
     add(
         "predicted_against_measured",
@@ -153,7 +159,7 @@ def _draw(group: Group, out: Path, prefix: str) -> list[Any]:
         "Each point is a run: the saving predicted from the cost of a step at each depth, and that "
         "measured while it trained.",
         figures.predicted_against_measured(group),
-        "The runs hold no savings.json with a measured saving, so there is nothing to compare.",
+        "the runs hold no savings.json with a measured saving.",
     )
     return shown
 
@@ -171,7 +177,7 @@ def _draw_schedules(runs: Sequence[Run], out: Path) -> Any:
         "From the first layer, pale, to the last; a dot marks where a layer freezes. Scaled "
         "strategies start early layers at higher rates. (The paper's Figure 1.)"
     )
-    return Shown(title, caption, save(figures.schedules(shown), out / "schedules", title))
+    return Shown(title, caption, save(figures.schedules(shown), out / "schedules", title), True)
 
 
 def _numbers(groups: Sequence[Group], root: Path, left_out: Sequence[str]) -> dict[str, Any]:

@@ -244,7 +244,7 @@ def _conclusion(arm: Arm, rival: Arm | None, found: Difference | None) -> str:
     if arm.time_saved is None:
         return "There is no ordinary run to compare with, so neither time nor error can be judged."
     share = abs(arm.time_saved)
-    saves = f"It {'saves' if arm.time_saved >= 0 else 'costs'} {share:.1%}" + (
+    saves = f"It {'saves' if arm.time_saved >= 0 else 'costs'} {100 * share:.1f} %" + (
         " of the ordinary run's time. " if arm.time_saved >= 0 else " more time. "
     )
     if rival is None:

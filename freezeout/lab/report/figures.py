@@ -11,11 +11,11 @@ from ...schedule import Schedule
 from ..runs import Run
 from . import style
 from .compare import Arm, Group
-from .style import INK, MUTED, ORDINARY, PAPER, RULE, colour, marker
+from .style import INK, MUTED, ORDINARY, PAPER, colour, marker
 
 matplotlib.use("svg")  # no window
 
-_WIDTH = 7.6  # inches
+_HALF, _FULL = 5.2, 10.7  # inches; of the page's two columns, so that type is of one size
 _LAYERS = 5  # in the figure of schedules, as in the paper's
 
 
@@ -30,9 +30,8 @@ def schedule_curves(
 
 def schedules(shown: dict[str, Schedule]) -> Figure:
     """Figure 1: the learning rate of each layer, a panel a schedule."""
-    columns = min(len(shown), 3)
-    rows = -(-len(shown) // columns)
-    figure, axes = _panels(rows, columns, height=2.2 * rows + 0.3)
+    rows, columns = _grid(len(shown))
+    figure, axes = _panels(rows, columns, height=2.5 * rows + 0.2, wide=True)
     for ax, (label, schedule) in zip(axes, shown.items(), strict=False):
         curves = schedule_curves(schedule)
         hue = colour(" ".join(label.split()[:2]))
@@ -53,7 +52,7 @@ def schedules(shown: dict[str, Schedule]) -> Figure:
 def error_against_time(group: Group) -> Figure:
     """Figures 2 and 3: error against time saved, mean and standard deviation, a line a strategy;
     and what an ordinary run of that length reaches."""
-    figure, (ax,) = _panels(1, 1, height=3.6)
+    figure, (ax,) = _panels(1, 1, height=3.9, wide=is_wide(group))
     lines = [("ordinary run, shortened", group.ordinary, ORDINARY, "X", "--")]
     for strategy in group.strategies:
         arms = tuple(arm for arm in group.freezing if arm.strategy == strategy)
@@ -100,9 +99,8 @@ def error_against_epochs(group: Group) -> Figure:
     """Figure 4: the error as training goes on, with the full-length and the shortened ordinary
     run; a panel a strategy."""
     strategies = group.strategies or ("ordinary",)
-    columns = min(3, len(strategies))
-    rows = -(-len(strategies) // columns)
-    figure, axes = _panels(rows, columns, height=2.9 * rows + 0.2, share="all")
+    rows, columns = _grid(len(strategies))
+    figure, axes = _panels(rows, columns, height=2.7 * rows + 0.6, wide=is_wide(group), share="all")
     scale = _steps_per_epoch(group)
     tops: list[float] = []
 
@@ -122,9 +120,15 @@ def error_against_epochs(group: Group) -> Figure:
             rival, hue = group.rival_of(arm), colour(strategy)
             draw(ax, arm, color=hue, alpha=shade, label=f"t₀ = {arm.t_0:g}")
             if rival is not None and rival is not group.full:
-                look = {"color": hue, "alpha": shade, "linestyle": (0, (2, 1.5)), "linewidth": 1.2}
+                look: dict[str, Any] = {
+                    "color": hue,
+                    "alpha": shade,
+                    "linestyle": (0, (2, 1.5)),
+                    "linewidth": 1.2,
+                }
                 draw(ax, rival, **look, label="ordinary, its time" if arm is arms[0] else None)
         ax.set(title=strategy, xlabel="epochs", xlim=(0, None))
+        ax.tick_params(labelbottom=True)
         if ax.lines:
             ax.legend(loc="upper right", handlelength=1.6)
     for ax in axes[::columns]:
@@ -140,13 +144,14 @@ def error_bars(group: Group) -> Figure:
     """Figure 5: every arm's error, seed by seed and on average, and its difference to an ordinary
     run of the same time with the confidence interval."""
     rows = len(group.arms)
-    figure, axes = _panels(1, 2, height=0.27 * rows + 1.1)
+    figure, axes = _panels(1, 2, height=0.27 * rows + 1.0, wide=True)
     left, right = axes
-    figure.get_layout_engine().set(w_pad=0.12)
     for y, arm in enumerate(group.arms):
         hue = colour(arm.strategy) if arm.freezes else ORDINARY
         errors = [100 * error for error in arm.errors.values()]
-        left.plot(errors, [y] * len(errors), "o", color=hue, markersize=4, alpha=0.55, mew=0)
+        left.plot(
+            errors, [y + 0.24] * len(errors), "o", color=hue, markersize=3.5, alpha=0.6, mew=0
+        )
         if arm.mean is not None:
             mark = marker(arm.strategy) if arm.freezes else "X"
             left.errorbar(100 * arm.mean, y, xerr=100 * (arm.sd or 0), **_point(hue, mark))
@@ -156,7 +161,7 @@ def error_bars(group: Group) -> Figure:
             right.text(0, y, "no rival", ha="center", va="center", fontsize=8, color=MUTED)
             continue
         hue, mark = colour(comparison.arm.strategy), marker(comparison.arm.strategy)
-        reach = None
+        reach: Any = None
         if found.low is not None and found.high is not None:
             reach = [[100 * (found.mean - found.low)], [100 * (found.high - found.mean)]]
         right.errorbar(100 * found.mean, y, xerr=reach, **_point(hue, mark))
@@ -172,7 +177,7 @@ def error_bars(group: Group) -> Figure:
         ax.grid(axis="y", visible=False)
         ax.spines["left"].set_visible(False)
     left.set(title="Error", xlabel=f"{_error(group)}, %: mean, sd, seeds")
-    right.set(title="Against an ordinary run of its time", xlabel="← better    points    worse →")
+    right.set(title="Against an ordinary run of its time", xlabel="← better · points · worse →")
     return figure
 
 
@@ -180,7 +185,7 @@ def timeline(group: Group) -> Figure:
     """How many layers are frozen, and the seconds a step takes, epoch by epoch."""
     strategies = group.strategies or ("ordinary",)
     columns = len(strategies)
-    figure, axes = _panels(2, columns, height=4.0, share="row")
+    figure, axes = _panels(2, columns, height=3.9, wide=is_wide(group), share="row")
     scale = _steps_per_epoch(group)
     for column, strategy in enumerate(strategies):
         above, below = axes[column], axes[columns + column]
@@ -189,7 +194,11 @@ def timeline(group: Group) -> Figure:
             x, seconds = _of_epochs(group.full, scale, "step_seconds")
             below.plot(x, seconds, color=ORDINARY, linewidth=1.2, label="ordinary")
         for arm, shade in zip(arms, _shades(len(arms)), strict=True):
-            look = {"color": colour(strategy), "alpha": shade, "label": f"t₀ = {arm.t_0:g}"}
+            look: dict[str, Any] = {
+                "color": colour(strategy),
+                "alpha": shade,
+                "label": f"t₀ = {arm.t_0:g}",
+            }
             x, frozen = _of_epochs(arm, scale, "frozen_layers")
             above.plot([0, *x], [0, *frozen], drawstyle="steps-pre", **look)
             x, seconds = _of_epochs(arm, scale, "step_seconds")
@@ -198,9 +207,15 @@ def timeline(group: Group) -> Figure:
         below.set(xlabel="epochs", xlim=above.get_xlim())
         above.set_ylim(0, None)
         below.set_ylim(0, None)
-        for ax in (above, below):
-            if ax.lines:
-                ax.legend(loc="upper left" if ax is above else "lower left", handlelength=1.6)
+        if below.lines:  # there is room below the curves: a step without backward takes a third
+            columns_of_it = 2 if len(below.lines) > 3 else 1
+            below.legend(
+                loc="lower left",
+                ncols=columns_of_it,
+                handlelength=1.4,
+                columnspacing=1,
+                labelspacing=0.25,
+            )
     axes[0].set_ylabel("frozen layers")
     axes[columns].set_ylabel("milliseconds a step")
     return figure
@@ -211,11 +226,15 @@ def predicted_against_measured(group: Group) -> Figure | None:
     pairs = savings_pairs(group)
     if not pairs:
         return None
-    figure, (ax,) = _panels(1, 1, height=3.6)
+    figure, (ax,) = _panels(1, 1, height=3.9)
     for strategy in dict.fromkeys(arm.strategy for arm, _, _ in pairs):
         mine = [(p, m) for arm, p, m in pairs if arm.strategy == strategy]
         x, y = zip(*mine, strict=True)
-        look = {"color": colour(strategy), "markeredgecolor": PAPER, "markersize": 7}
+        look: dict[str, Any] = {
+            "color": colour(strategy),
+            "markeredgecolor": PAPER,
+            "markersize": 7,
+        }
         ax.plot(x, y, marker(strategy), **look, label=strategy, zorder=3)
     ends = [min(0.0, *(v for _, *pair in pairs for v in pair))]
     ends.append(max(v for _, *pair in pairs for v in pair) * 1.12 + 1)
@@ -236,16 +255,23 @@ def savings_pairs(group: Group) -> list[tuple[Arm, float, float]]:
     ]
 
 
+def _grid(count: int) -> tuple[int, int]:
+    """Rows and columns of so many panels."""
+    columns = 2 if count == 4 else min(3, count)
+    return -(-count // columns), columns
+
+
+def is_wide(group: Group) -> bool:
+    """Whether figures with a panel a strategy need the page's whole width."""
+    return len(group.strategies) > 2
+
+
 def _panels(
-    rows: int, columns: int, height: float, share: str = "none"
+    rows: int, columns: int, height: float, wide: bool = False, share: str = "none"
 ) -> tuple[Figure, list[Any]]:
-    figure = Figure(figsize=(_WIDTH, height), layout="constrained")
-    sharing: dict[str, Any] = {
-        "all": {"sharex": True, "sharey": True},
-        "row": {"sharey": "row"},
-        "none": {},
-    }[share]
-    axes = figure.subplots(rows, columns, squeeze=False, **sharing)
+    figure = Figure(figsize=(_FULL if wide else _HALF, height))
+    sharey: Any = {"all": True, "row": "row", "none": False}[share]
+    axes = figure.subplots(rows, columns, squeeze=False, sharex=share == "all", sharey=sharey)
     return figure, list(axes.flat)
 
 
@@ -255,9 +281,9 @@ def _hide_unused(axes: Sequence[Any], used: int) -> None:
 
 
 def _legend(figure: Figure, ax: Any) -> None:
-    """Beside the axes, where it hides nothing."""
+    """Above the axes, where it hides nothing."""
     if ax.get_legend_handles_labels()[0]:
-        figure.legend(loc="outside right upper", handlelength=2.2)
+        figure.legend(loc="outside upper left", handlelength=2.2, ncols=3, columnspacing=1.4)
 
 
 def _point(hue: str, mark: str) -> dict[str, Any]:
@@ -315,7 +341,7 @@ def _of_epochs(arm: Arm, scale: int, name: str) -> tuple[list[float], list[float
 
 def draw_settings() -> Any:
     """The context in which figures are drawn and saved."""
-    return matplotlib.rc_context(style.settings())
+    return matplotlib.rc_context(style.settings())  # type: ignore[arg-type]
 
 
 def shown_schedules(runs: Sequence[Run]) -> dict[str, Schedule]:
@@ -332,18 +358,3 @@ def shown_schedules(runs: Sequence[Run]) -> dict[str, Schedule]:
             for name, by_t in found.items()
         }
     return {f"{name} {t:g}": by_t[t] for name, by_t in sorted(found.items()) for t in sorted(by_t)}
-
-
-__all__ = [
-    "RULE",
-    "draw_settings",
-    "error_against_epochs",
-    "error_against_time",
-    "error_bars",
-    "predicted_against_measured",
-    "savings_pairs",
-    "schedule_curves",
-    "schedules",
-    "shown_schedules",
-    "timeline",
-]

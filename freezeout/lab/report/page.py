@@ -8,14 +8,17 @@ from pathlib import Path
 from .compare import Arm, Comparison, Difference, Group, signed
 from .style import css_variables
 
+_MANY = 6  # undecided arms, which are then told in one sentence
+
 
 @dataclass(frozen=True)
 class Shown:
     """A figure on the page, or a sentence in its place."""
 
     title: str
-    caption: str
+    caption: str  # without a figure: why there is none
     svg: str | None
+    is_wide: bool = False
 
 
 def page(
@@ -64,29 +67,52 @@ FreezeOut is therefore compared with an ordinary run that takes no longer.</p>
 
 def _group(group: Group, figures: Sequence[Shown], root: Path) -> str:
     notes = "".join(f'<p class="note">{escape(note)}</p>' for note in group.notes)
+    absent = "".join(
+        f'<p class="note">No figure “{escape(f.title)}”: {escape(f.caption)}</p>'
+        for f in figures
+        if not f.svg
+    )
     return (
         f'<section><h2>{escape(group.title)}</h2><p class="sub">{escape(group.subtitle)}</p>'
         f"{_verdicts(group.comparisons)}{_table(group)}{notes}"
-        f'<div class="figures">{"".join(map(_figure, figures))}</div>{_runs(group, root)}</section>'
+        f'<div class="figures">{"".join(_figure(f) for f in figures if f.svg)}</div>'
+        f"{absent}{_runs(group, root)}</section>"
     )
 
 
 def _verdicts(comparisons: Sequence[Comparison]) -> str:
-    words = {"better": "pays", "worse": "does not pay", "nothing": "undecided"}
-    items = []
-    for comparison in comparisons:
-        shows = comparison.to_rival.shows if comparison.to_rival else "nothing"
-        items.append(
-            f'<li><span class="tag {shows}">{words[shows]}</span> '
-            f"<strong>{escape(comparison.arm.label)}.</strong> {escape(comparison.sentence)}</li>"
+    """A sentence for each arm; of many, for those that show something, and one for the rest."""
+    quiet = [c for c in comparisons if c.to_rival is None or c.to_rival.shows == "nothing"]
+    told = [c for c in comparisons if c not in quiet] if len(quiet) > _MANY else comparisons
+    items = [
+        _verdict(c.to_rival.shows if c.to_rival else "nothing", c.arm.label, c.sentence)
+        for c in told
+    ]
+    if len(told) < len(comparisons):
+        labels = ", ".join(c.arm.label for c in quiet)
+        sentence = (
+            f"No difference to an ordinary run of the same time can be shown for {labels}; their "
+            "intervals are in the table."
         )
+        items.append(_verdict("nothing", f"{len(quiet)} of {len(comparisons)} arms", sentence))
     return f'<ul class="verdicts">{"".join(items)}</ul>' if items else ""
+
+
+def _verdict(shows: str, label: str, sentence: str) -> str:
+    word = {"better": "pays", "worse": "does not pay", "nothing": "undecided"}[shows]
+    return (
+        f'<li><span class="tag {shows}">{word}</span> '
+        f"<strong>{escape(label)}.</strong> {escape(sentence)}</li>"
+    )
 
 
 def _table(group: Group) -> str:
     by_arm = {id(comparison.arm): comparison for comparison in group.comparisons}
+    rival_of = {
+        id(arm): [c.arm.label for c in group.comparisons if c.rival is arm] for arm in group.arms
+    }
     error = "Test error" if group.is_test else "Validation error"
-    rows = "".join(_row(arm, by_arm.get(id(arm))) for arm in group.arms)
+    rows = "".join(_row(arm, by_arm.get(id(arm)), rival_of[id(arm)]) for arm in group.arms)
     return f"""<div class="scroll"><table>
 <thead><tr><th rowspan="2" scope="col">Arm</th><th rowspan="2" scope="col">Steps</th>
 <th colspan="3" scope="colgroup">{error}, %</th>
@@ -97,20 +123,22 @@ def _table(group: Group) -> str:
 <tbody>{rows}</tbody></table></div>"""
 
 
-def _row(arm: Arm, comparison: Comparison | None) -> str:
+def _row(arm: Arm, comparison: Comparison | None, rival_of: Sequence[str]) -> str:
     cells = [
         f"{arm.steps:,}",
         "–" if arm.mean is None else f"{100 * arm.mean:.2f}",
         "–" if arm.sd is None else f"{100 * arm.sd:.2f}",
         str(len(arm.errors)),
         f"{arm.seconds:,.1f}" if arm.seconds < 1000 else f"{arm.seconds:,.0f}",
-        "–" if arm.time_saved is None else f"{100 * arm.time_saved:.1f} %".replace("-", "−"),
+        "–" if not arm.time_saved else f"{100 * arm.time_saved:.1f} %".replace("-", "−"),
         _difference(comparison.to_rival) if comparison else "",
         _difference(comparison.to_full) if comparison else "",
     ]
     values = "".join(f"<td>{cell}</td>" for cell in cells)
     kind = "freezes" if arm.freezes else "ordinary"
-    return f'<tr class="{kind}"><th scope="row">{escape(arm.label)}</th>{values}</tr>'
+    of = f'<span class="of">time of {escape(", ".join(rival_of))}</span>' if rival_of else ""
+    name = escape(arm.label) + of
+    return f'<tr class="{kind}"><th scope="row">{name}</th>{values}</tr>'
 
 
 def _difference(found: Difference | None) -> str:
@@ -125,9 +153,9 @@ def _difference(found: Difference | None) -> str:
 
 
 def _figure(shown: Shown) -> str:
-    body = shown.svg if shown.svg is not None else '<p class="absent">No figure.</p>'
+    kind = ' class="wide"' if shown.is_wide else ""
     return (
-        f"<figure><h3>{escape(shown.title)}</h3>{body}"
+        f"<figure{kind}><h3>{escape(shown.title)}</h3>{shown.svg}"
         f"<figcaption>{escape(shown.caption)}</figcaption></figure>"
     )
 
@@ -209,12 +237,15 @@ tbody th {{ font-weight: 600; }}
 tr.ordinary th {{ font-weight: 400; }}
 .range {{ color: var(--muted); }}
 .note {{ margin: 10px 0 0; color: var(--muted); font-size: 14px; }}
-.figures {{ display: grid; grid-template-columns: 1fr 1fr; gap: 20px; margin: 24px 0; }}
+.figures {{ display: grid; grid-template-columns: 1fr 1fr; gap: 20px; margin: 24px 0;
+ grid-auto-flow: dense; }}
+.wide {{ grid-column: 1 / -1; }}
 figure {{ margin: 0; padding: 18px 18px 14px; background: var(--paper);
  border: 1px solid var(--rule); border-radius: 8px; break-inside: avoid; }}
 figure svg {{ display: block; width: 100%; height: auto; }}
 figcaption {{ margin-top: 8px; color: var(--muted); font-size: 13px; line-height: 1.45; }}
-.absent {{ margin: 24px 0; color: var(--muted); }}
+.of {{ display: block; max-width: 15em; white-space: normal; color: var(--muted);
+ font-size: 12.5px; line-height: 1.3; }}
 details {{ font-size: 14px; }} summary {{ cursor: pointer; color: var(--muted); }}
 details .scroll {{ margin-top: 10px; }}
 table.runs {{ font-size: 13px; }}
@@ -224,11 +255,14 @@ table.runs th:nth-child(2) {{ text-align: left; }}
 dl {{ max-width: 52em; margin: 10px 0 0; font-size: 14px; }}
 dt {{ font-weight: 600; margin-top: 10px; }} dd {{ margin: 0; color: var(--muted); }}
 main {{ padding-bottom: 56px; }}
-@media (max-width: 800px) {{ .figures {{ grid-template-columns: 1fr; }} h1 {{ font-size: 30px; }}
+@media screen and (max-width: 800px) {{ .figures {{ grid-template-columns: 1fr; }}
+ h1 {{ font-size: 30px; }}
  .verdicts li {{ padding-left: 0; }} .tag {{ position: static; display: inline-block; }} }}
 @media print {{ body {{ font-size: 10pt; }} header {{ padding-top: 0; }} h1 {{ font-size: 22pt; }}
  header, main {{ max-width: none; padding-left: 0; padding-right: 0; }} details {{ display: none; }}
  section {{ margin: 16pt 0; }} table {{ font-size: 8pt; }} th, td {{ padding: 3pt 4pt; }}
- thead th {{ font-size: 7.5pt; }} .scroll {{ overflow: visible; break-inside: avoid; }}
+ thead th, .of {{ font-size: 7pt; }}
+ .sub, .note, .lead, figcaption, dl {{ font-size: 9pt; }} dt {{ break-after: avoid; }}
+ .scroll {{ overflow: visible; break-inside: avoid; }}
  figure {{ padding: 8pt; }} .figures {{ gap: 10pt; }} h2, h3 {{ break-after: avoid; }} }}
 """
