@@ -270,6 +270,7 @@ def _panels(
     rows: int, columns: int, height: float, wide: bool = False, share: str = "none"
 ) -> tuple[Figure, list[Any]]:
     figure = Figure(figsize=(_FULL if wide else _HALF, height))
+    figure.set_layout_engine("constrained", w_pad=0.09)
     sharey: Any = {"all": True, "row": "row", "none": False}[share]
     axes = figure.subplots(rows, columns, squeeze=False, sharex=share == "all", sharey=sharey)
     return figure, list(axes.flat)
