@@ -24,7 +24,8 @@ from .runs import CONFIG
 
 def main() -> None:
     """Do the task on standard input. Exit status as the command's."""
-    task = json.loads(sys.stdin.readline())
+    # Unbuffered: a thread that waits inside of sys.stdin could not be left behind at the end.
+    task = json.loads(open(0, "rb", buffering=0, closefd=False).readline())  # noqa: SIM115
     threading.Thread(target=_end_with_the_sweep, daemon=True).start()
     warnings.showwarning = lambda message, *where, **more: print(f"freezeout: warning: {message}")
     _lock_log()
@@ -80,7 +81,7 @@ def _remove_unborn(folder: Path) -> None:
 
 
 def _end_with_the_sweep() -> None:
-    sys.stdin.read()
+    os.read(0, 1)  # nothing more is written, so this returns when the sweep is gone
     os.kill(os.getpid(), signal.SIGTERM)
 
 

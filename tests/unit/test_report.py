@@ -205,6 +205,14 @@ def test_different_hardware_is_said(tmp_path: Path) -> None:
     assert any("different hardware (fast; slow)" in note for note in group.notes)
 
 
+def test_a_disturbed_machine_is_said(tmp_path: Path) -> None:
+    write_run(tmp_path / "quiet/run", freezeout=False, step_seconds=(0.010, 0.011, 0.01, 0.0105))
+    write_run(tmp_path / "loud/run", freezeout=False, step_seconds=(0.010, 0.011, 0.02, 0.02))
+    (quiet,), (loud,) = groups(tmp_path / "quiet"), groups(tmp_path / "loud")
+    assert quiet.notes == ()
+    assert "took 90 % longer in some epochs" in loud.notes[0]
+
+
 def test_the_same_run_twice_counts_once(tmp_path: Path) -> None:
     write_run(tmp_path / "ordinary", freezeout=False)
     write_run(tmp_path / "again", freezeout=False)

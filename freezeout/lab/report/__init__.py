@@ -140,7 +140,7 @@ def _draw(group: Group, out: Path, prefix: str) -> list[Any]:
         "error_against_epochs",
         "Error against epochs",
         "Mean over seeds, after each epoch; dashed, the ordinary run shortened to the same time. "
-        "The first quarter may leave the chart. (The paper's Figure 4.)",
+        "The first epochs may leave the chart. (The paper's Figure 4.)",
         figures.error_against_epochs(group) if has_errors else None,
         no_errors,
         wide=figures.is_wide(group),
@@ -151,7 +151,7 @@ def _draw(group: Group, out: Path, prefix: str) -> list[Any]:
         "Frozen layers at the end of each epoch, and each epoch's median step; mean over seeds.",
         figures.timeline(group),
         "",
-        wide=figures.is_wide(group),
+        wide=figures.timeline_is_wide(group),
     )
     add(
         "predicted_against_measured",

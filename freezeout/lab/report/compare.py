@@ -8,7 +8,7 @@ compared with the ordinary arm whose length is nearest to its time (`equal_time.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from statistics import mean, median, stdev
+from statistics import mean, median, quantiles, stdev
 
 from ..equal_time import equal_time_steps
 from ..runs import Run
@@ -16,6 +16,8 @@ from ..runs import Run
 CONFIDENCE = 0.95
 # How far, in time, an ordinary run may be from one with FreezeOut and still be its rival.
 _SAME_TIME = 0.03
+# How much slower than others some epochs of an ordinary run may be before it is said.
+_DISTURBED = 0.2
 
 
 @dataclass(frozen=True)
@@ -312,12 +314,27 @@ def _notes(arms: Sequence[Arm], full: Arm | None) -> list[str]:
             "There is no ordinary run here. Make one with --no-freezeout: without it, time saved "
             "is unknown."
         )
+    if full is not None and (spread := _spread(full)) > _DISTURBED:
+        notes.append(
+            f"The machine was disturbed: the ordinary run's steps are all alike, and yet took "
+            f"{100 * spread:.0f} % longer in some epochs than in others. Time saved may be off."
+        )
     if len([arm for arm in arms if arm.freezes]) > 1:
         notes.append(
             "Each 95 % interval holds for one comparison by itself: of twenty arms that are no "
             "different, one will seem to be."
         )
     return notes
+
+
+def _spread(full: Arm) -> float:
+    """How much longer a step of the full-length run took in a slow epoch, the ninth of ten, than
+    in a fast one, the first of ten."""
+    seconds = [epoch.step_seconds for run in full.runs for epoch in run.epochs]
+    if len(seconds) < 4:
+        return 0.0
+    tenths = quantiles(seconds, n=10, method="inclusive")
+    return tenths[-1] / tenths[0] - 1
 
 
 def _title(run: Run) -> str:

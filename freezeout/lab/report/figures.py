@@ -110,7 +110,7 @@ def error_against_epochs(group: Group) -> Figure:
             return
         ax.plot(x, y, **look)
         ax.plot(x[-1], y[-1], marker="o", markersize=4, color=look["color"])
-        tops.extend(y[len(y) // 4 :])
+        tops.extend(y[len(y) // 3 :])
 
     for ax, strategy in zip(axes, strategies, strict=False):
         arms = [arm for arm in group.freezing if arm.strategy == strategy]
@@ -185,7 +185,7 @@ def timeline(group: Group) -> Figure:
     """How many layers are frozen, and the seconds a step takes, epoch by epoch."""
     strategies = group.strategies or ("ordinary",)
     columns = len(strategies)
-    figure, axes = _panels(2, columns, height=3.9, wide=is_wide(group), share="row")
+    figure, axes = _panels(2, columns, height=3.9, wide=timeline_is_wide(group), share="row")
     scale = _steps_per_epoch(group)
     for column, strategy in enumerate(strategies):
         above, below = axes[column], axes[columns + column]
@@ -264,6 +264,11 @@ def _grid(count: int) -> tuple[int, int]:
 def is_wide(group: Group) -> bool:
     """Whether figures with a panel a strategy need the page's whole width."""
     return len(group.strategies) > 2
+
+
+def timeline_is_wide(group: Group) -> bool:
+    """It is also where no figure of savings stands beside it."""
+    return is_wide(group) or not savings_pairs(group)
 
 
 def _panels(

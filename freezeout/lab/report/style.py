@@ -99,6 +99,8 @@ def save(figure: Any, path: Path, title: str) -> str:
     """Write PATH.png and PATH.svg, and return the SVG for the page."""
     import matplotlib
 
+    figure.get_layout_engine().execute(figure)  # once, not for each file
+    figure.set_layout_engine("none")
     figure.savefig(path.with_suffix(".png"), dpi=160, metadata={"Software": None})
     text = io.StringIO()
     with matplotlib.rc_context({"svg.hashsalt": path.name}):  # unique and unchanging names
