@@ -50,6 +50,7 @@ def start(home: Path, *options: str) -> subprocess.Popen[str]:
         stderr=subprocess.PIPE,
         text=True,
         env=environment(),
+        start_new_session=True,  # as a terminal does, whose Ctrl-C reaches the whole session
     )
 
 
@@ -66,7 +67,7 @@ def finish(home: Path, *options: str) -> tuple[int, str, str]:
     return process.returncode, out, err
 
 
-def wait_until(condition: Callable[[], bool], what: str, seconds: float = 120) -> None:
+def wait_until(condition: Callable[[], bool], what: str, seconds: float = 240) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, f"{what} took more than {seconds} s"
@@ -157,7 +158,7 @@ def test_killed_in_the_middle_it_goes_on_and_ends_as_if_never_killed(
         (worker,) = workers(home)
         process.kill()
     # Its process does not outlive the sweep, and keeps what it has done.
-    wait_until(lambda: not process_is_alive(worker), "the run's own end", seconds=20)
+    wait_until(lambda: not process_is_alive(worker), "the run's own end", seconds=60)
     assert len(read_rows(home / FROZEN)) < 3, "the run was faster than the kill"
     assert read_checkpoint(home / FROZEN)["freezer"]["step"] > 0
     before = files(home / ORDINARY)
@@ -178,9 +179,9 @@ def test_killed_in_the_middle_it_goes_on_and_ends_as_if_never_killed(
     assert timeless(report(home)) == timeless(report(whole))
 
     # A third time there is nothing left to do.
-    before = {run: files(home / run) for run in (ORDINARY, FROZEN, RIVAL)}  # type: ignore[assignment]
+    finished = {run: files(home / run) for run in (ORDINARY, FROZEN, RIVAL)}
     assert finish(home)[0] == 2
-    assert {run: files(home / run) for run in (ORDINARY, FROZEN, RIVAL)} == before
+    assert {run: files(home / run) for run in (ORDINARY, FROZEN, RIVAL)} == finished
 
 
 def test_a_stopped_sweep_saves_its_runs_and_says_how_to_go_on(whole: Path, tmp_path: Path) -> None:
@@ -190,10 +191,10 @@ def test_a_stopped_sweep_saves_its_runs_and_says_how_to_go_on(whole: Path, tmp_p
         run = home / ORDINARY.replace("-3-", "-400-")
         wait_until((run / "metrics.jsonl").exists, "the first epoch")
         with start(home) as other:  # one sweep a folder
-            assert "another sweep is at work in" in other.communicate(timeout=60)[1]
+            assert "another sweep is at work in" in other.communicate(timeout=120)[1]
             assert other.returncode == 2
-        process.send_signal(signal.SIGINT)
-        _, err = process.communicate(timeout=60)
+        os.killpg(process.pid, signal.SIGINT)
+        _, err = process.communicate(timeout=120)
     assert process.returncode == 128 + signal.SIGINT
     assert err == f"freezeout: stopped; go on with: freezeout sweep {home}/sweep.toml\n"
     assert workers(home) == []

@@ -1,5 +1,6 @@
 """The length of an ordinary run that takes as long as one with FreezeOut."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,9 @@ from tests.run_folders import write_run
 HALF = (0.01, 0.01, 0.005, 0.005)  # of four epochs of 100 steps: 300 ordinary steps in all
 
 
-def runs(home: Path, times: dict[int, tuple[float, ...] | float], **options: object) -> list[Run]:
+def runs(
+    home: Path, times: Mapping[int, tuple[float, ...] | float], **options: object
+) -> list[Run]:
     """One run a seed, whose epochs' steps take these seconds."""
     return [
         read_run(write_run(home / str(seed), seed=seed, step_seconds=each, **options))  # type: ignore[arg-type]
@@ -21,8 +24,8 @@ def runs(home: Path, times: dict[int, tuple[float, ...] | float], **options: obj
 
 def steps(
     tmp_path: Path,
-    arm: dict[int, tuple[float, ...] | float],
-    ordinary: dict[int, tuple[float, ...] | float],
+    arm: Mapping[int, tuple[float, ...] | float],
+    ordinary: Mapping[int, tuple[float, ...] | float],
 ) -> float:
     return equal_time_steps(
         runs(tmp_path / "arm", arm), runs(tmp_path / "ordinary", ordinary, freezeout=False)
@@ -49,6 +52,12 @@ def test_one_disturbed_run_of_three_does_not_decide(tmp_path: Path) -> None:
     arm = {0: HALF, 1: disturbed, 2: HALF}
     ordinary = dict.fromkeys(arm, 0.01)
     assert steps(tmp_path, arm, ordinary) == pytest.approx(300, abs=1e-9)
+
+
+def test_a_run_is_measured_by_the_ordinary_run_of_its_own_seed(tmp_path: Path) -> None:
+    """One run is disturbed, and the machine has slowed down for another seed."""
+    arm = {0: tuple(5 * t for t in HALF), 1: HALF, 2: tuple(3 * t for t in HALF)}
+    assert steps(tmp_path, arm, {0: 0.01, 1: 0.01, 2: 0.03}) == pytest.approx(300, abs=1e-9)
 
 
 def test_a_slow_spell_in_each_seed_in_another_epoch_does_not_decide(tmp_path: Path) -> None:
