@@ -4,7 +4,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from .errors import FreezeOutError, InvalidValue
 
@@ -13,6 +13,7 @@ try:
 
     from .lab.config import TrainConfig
     from .lab.estimate.config import EstimateConfig
+    from .lab.study import StudyOptions
 except ImportError as error:  # the extra is not installed
     sys.exit(f"freezeout: {error}; the command needs: pip install 'freezeout[lab]'")
 
@@ -48,12 +49,58 @@ def estimate(config: Annotated[EstimateConfig, tyro.conf.arg(name="")]) -> None:
     run(config)
 
 
+def sweep(
+    file: tyro.conf.Positional[Path | None] = None,
+    preset: Literal["quick", "mini", "paper"] | None = None,
+    options: Annotated[StudyOptions, tyro.conf.arg(name="")] = StudyOptions(),  # noqa: B008
+) -> None:
+    """Train every run of a study: networks, data sets, strategies and seeds, and ordinary runs
+    of full length and of each strategy's time.
+
+    The study is a TOML file, a preset (quick: digits, minutes; mini: CIFAR-10 on a CPU, hours;
+    paper: the paper's grid, GPUs), or options, which come before what the file or preset says.
+    The same command goes on with a sweep that was stopped.
+
+    Args:
+        file: a TOML file; the names in it are the options' names, with underscores.
+        preset: a study that is built in.
+        options: the study.
+    """
+    from .lab import study
+    from .lab.sweep import sweep as run_sweep
+
+    if file is not None and preset is not None:
+        raise InvalidValue(f"give either a file or --preset, not both: {file} and {preset}")
+    name, below = "sweep", StudyOptions()
+    if preset is not None:
+        name, below = preset, study.preset_options(preset)
+    if file is not None:
+        name = file.stem if file.stem not in ("study", "sweep") else file.absolute().parent.name
+        below = study.read_options(file)
+    run_sweep(study.Study.from_options(study.merged(below, options), name))
+
+
+def report(folder: tyro.conf.Positional[Path], out: Path | None = None) -> None:
+    """Write a page, tables and figures about the runs in a folder.
+
+    Args:
+        folder: holds run folders, at any depth.
+        out: where the page and the figures go (FOLDER/report if not given).
+    """
+    from .lab.report import write_report
+
+    page, warned = write_report(folder, out)
+    for line in warned:
+        print(f"freezeout: warning: {line}", file=sys.stderr)
+    print(f"report: {page}")
+
+
 def main(argv: list[str] | None = None) -> None:
     """Run the command. Exit status: 0 done, 2 for a mistake in what it was given (one line says
     which), 128 + the signal's number when stopped."""
     words = sys.argv[1:] if argv is None else argv
     app = tyro.extras.SubcommandApp()
-    commands: list[Callable[..., None]] = [train, estimate]
+    commands: list[Callable[..., None]] = [train, estimate, sweep, report]
     for command in commands:
         app.command(command)
     warnings.showwarning = _show_warning

@@ -1,0 +1,466 @@
+"""The report: what it compares, what it concludes, what it leaves out, and the page."""
+
+import json
+import math
+import re
+import subprocess
+import sys
+from collections import Counter
+from fractions import Fraction
+from html.parser import HTMLParser
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+from scipy import stats
+
+from freezeout.cli import main
+from freezeout.errors import DataError
+from freezeout.lab.report import style, write_report
+from freezeout.lab.report.compare import Comparison, Group, difference, group_runs
+from freezeout.lab.report.figures import schedule_curves
+from freezeout.lab.runs import find_run_folders, read_run
+from freezeout.schedule import Schedule
+from tests import reference
+from tests.run_folders import write_run, write_study
+
+FIGURES = {"error_bars", "error_against_time", "error_against_epochs", "timeline", "schedules"}
+SAVINGS = {"basis": "measured", "predicted_share": 0.2, "measured_share": 0.25, "depths": []}
+
+
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Figures are made but not written, which takes most of a report's time."""
+    monkeypatch.setattr(style, "save", lambda figure, path, title: f"<svg>{title}</svg>")
+
+
+def groups(home: Path) -> list[Group]:
+    return group_runs([read_run(path) for path in find_run_folders(home)])
+
+
+def only(home: Path) -> tuple[Group, Comparison]:
+    (group,) = groups(home)
+    (comparison,) = group.comparisons
+    return group, comparison
+
+
+def numbers(home: Path) -> Any:
+    page, _ = write_report(home)
+    return json.loads((page.parent / "report.json").read_text())
+
+
+# Figure 1.
+
+
+@pytest.mark.parametrize("scale_lr", [True, False])
+@pytest.mark.parametrize(("how_scale", "power"), [("linear", 1), ("squared", 2), ("cubic", 3)])
+@pytest.mark.parametrize("t_0", ["0.5", "0.8", "0.1"])
+def test_the_curves_of_figure_1_are_the_papers(
+    t_0: str, how_scale: Any, power: int, scale_lr: bool
+) -> None:
+    layers, steps = 5, 500
+    curves = schedule_curves(Schedule(float(t_0), how_scale, scale_lr), layers, steps)
+    ends = reference.freeze_iterations(Fraction(t_0), power, layers, steps)
+    expected = [
+        [reference.learning_rate(1, s, end, steps, scale_lr) for s in range(steps + 1)]
+        for end in ends
+    ]
+    assert len(curves) == layers
+    for curve, by_hand, end in zip(curves, expected, ends, strict=True):
+        # Equal but for the order of a few floating-point operations.
+        assert curve == pytest.approx(by_hand, rel=1e-12, abs=1e-15)
+        assert curve[0] == pytest.approx(steps / end if scale_lr else 1)
+        assert curve[end - 1] > 0
+        assert curve[end:] == [0] * (steps + 1 - end)
+
+
+# Comparisons.
+
+
+def test_mean_sd_and_time_saved(tmp_path: Path) -> None:
+    group, comparison = only(write_study(tmp_path))
+    labels = ["ordinary, full length", "ordinary, 300 steps", "cubic scaled 0.8"]
+    assert [arm.label for arm in group.arms] == labels
+    full, rival, arm = group.arms
+    assert (comparison.arm, comparison.rival, group.full) == (arm, rival, full)
+    errors = [0.2, 0.202, 0.204]
+    assert arm.mean == pytest.approx(mean(errors))
+    assert arm.sd == pytest.approx(stdev(errors))
+    assert (full.time_saved, rival.time_saved) == (0, 0.25)
+    assert arm.time_saved == pytest.approx(0.25)
+    assert arm.seconds == pytest.approx(300 * 0.01 * 1.1)
+
+
+def test_the_interval_is_students_over_pairs_of_seeds(tmp_path: Path) -> None:
+    group, comparison = only(write_study(tmp_path, seeds=(0, 1, 2, 7)))
+    _, rival, arm = group.arms
+    each = [arm.errors[seed] - rival.errors[seed] for seed in (0, 1, 2, 7)]
+    expected = stats.ttest_1samp(each, 0).confidence_interval(0.95)
+    found = comparison.to_rival
+    assert found is not None
+    assert found.is_paired
+    assert found.n == 4
+    assert found.mean == pytest.approx(mean(each))
+    assert (found.low, found.high) == pytest.approx((expected.low, expected.high), rel=1e-9)
+
+
+def test_seeds_that_do_not_match_are_compared_by_welch(tmp_path: Path) -> None:
+    first, second = (0.20, 0.21, 0.25), (0.18, 0.181, 0.20, 0.19)
+    for seed, error in enumerate(first):
+        write_run(tmp_path / f"a{seed}", seed=seed, error=error)
+    for seed, error in enumerate(second, 10):
+        write_run(tmp_path / f"b{seed}", seed=seed, error=error, freezeout=False)
+    ordinary, arm = groups(tmp_path)[0].arms
+    expected = stats.ttest_ind(first, second, equal_var=False).confidence_interval(0.95)
+    found = difference(arm, ordinary)
+    assert found is not None
+    assert not found.is_paired
+    assert (found.low, found.high) == pytest.approx((expected.low, expected.high), rel=1e-9)
+
+
+def test_it_concludes_what_the_interval_allows(tmp_path: Path) -> None:
+    worse = only(write_study(tmp_path / "worse", worse=0.01))[1]
+    better = only(write_study(tmp_path / "better", worse=-0.01))[1]
+    open_ = only(write_study(tmp_path / "open", worse=0.0))[1]
+    assert "freezing does not pay here" in worse.sentence
+    assert "It saves 25.0 % of the ordinary run's time." in worse.sentence
+    assert "1.10 points higher" in worse.sentence
+    assert "freezing pays here" in better.sentence
+    assert "0.90 points lower" in better.sentence
+    assert "No difference to an ordinary run of the same time can be shown with 3 seeds" in (
+        open_.sentence
+    )
+    shown = [c.to_rival.shows for c in (worse, better, open_) if c.to_rival]
+    assert shown == ["worse", "better", "nothing"]
+
+
+def test_one_seed_shows_nothing(tmp_path: Path) -> None:
+    _, comparison = only(write_study(tmp_path, seeds=(0,)))
+    assert comparison.to_rival is not None
+    assert (comparison.to_rival.low, comparison.to_rival.shows) == (None, "nothing")
+    assert "no interval can be given, since there is one seed" in comparison.sentence
+
+
+def test_equal_differences_claim_no_certainty(tmp_path: Path) -> None:
+    for seed in range(3):
+        write_run(tmp_path / f"ordinary{seed}", seed=seed, error=0.25, freezeout=False)
+        write_run(tmp_path / f"arm{seed}", seed=seed, error=0.5)
+    _, comparison = only(tmp_path)
+    assert comparison.to_rival is not None
+    assert (comparison.to_rival.low, comparison.to_rival.shows) == (None, "nothing")
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_a_run_without_a_baseline_is_said_to_have_none(tmp_path: Path) -> None:
+    write_run(tmp_path / "alone")
+    group, comparison = only(tmp_path)
+    assert "There is no ordinary run to compare with" in comparison.sentence
+    assert any("There is no ordinary run here" in note for note in group.notes)
+    page, _ = write_report(tmp_path)
+    assert "without an ordinary run, time saved is unknown" in page.read_text()
+
+
+def test_an_arm_without_a_rival_is_told_how_to_make_one(tmp_path: Path) -> None:
+    write_run(tmp_path / "ordinary", freezeout=False)
+    write_run(tmp_path / "arm", step_seconds=(0.01, 0.01, 0.005, 0.005))
+    _, comparison = only(tmp_path)
+    assert comparison.rival is None
+    assert "--no-freezeout --steps 300" in comparison.sentence
+
+
+def test_an_ordinary_run_within_3_percent_of_the_time_is_the_rival(tmp_path: Path) -> None:
+    write_run(tmp_path / "ordinary", freezeout=False)
+    write_run(tmp_path / "arm", step_seconds=(0.01, 0.01, 0.005, 0.005))
+    write_run(tmp_path / "near", freezeout=False, steps=308)
+    assert only(tmp_path)[1].rival is not None
+    (tmp_path / "near").rename(tmp_path.with_name("elsewhere"))
+    write_run(tmp_path / "far", freezeout=False, steps=310)
+    assert only(tmp_path)[1].rival is None
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_different_data_sets_are_never_mixed(tmp_path: Path) -> None:
+    write_study(tmp_path / "ten")
+    write_run(tmp_path / "digits", dataset="digits", freezeout=False, error=0.01)
+    write_run(tmp_path / "other", freezeout=False, error=0.01, validate="valid")
+    titles = [group.title for group in groups(tmp_path)]
+    assert len(titles) == 3
+    assert titles.count("WRN-16-1 on handwritten digits") == 1
+    assert sum("error on valid" in title for title in titles) == 1
+    page, _ = write_report(tmp_path)
+    assert all(title in page.read_text() for title in titles)
+
+
+def test_a_size_left_out_is_the_networks_own(tmp_path: Path) -> None:
+    write_run(tmp_path / "given", model="vgg", depth=16, widen_factor=None, freezeout=False)
+    write_run(tmp_path / "left_out", model="vgg", depth=None, widen_factor=None)
+    assert [group.title for group in groups(tmp_path)] == ["VGG-16 on CIFAR-10"]
+
+
+def test_different_hardware_is_said(tmp_path: Path) -> None:
+    write_run(tmp_path / "ordinary", freezeout=False, hardware="fast")
+    write_run(tmp_path / "arm", hardware="slow")
+    group, _ = only(tmp_path)
+    assert any("different hardware (fast; slow)" in note for note in group.notes)
+
+
+def test_a_disturbed_machine_is_said(tmp_path: Path) -> None:
+    write_run(tmp_path / "quiet/run", freezeout=False, step_seconds=(0.010, 0.011, 0.01, 0.0105))
+    write_run(tmp_path / "loud/run", freezeout=False, step_seconds=(0.010, 0.011, 0.02, 0.02))
+    (quiet,), (loud,) = groups(tmp_path / "quiet"), groups(tmp_path / "loud")
+    assert quiet.notes == ()
+    assert "took 94 % longer in some epochs" in loud.notes[0]
+
+
+def test_the_same_run_twice_counts_once(tmp_path: Path) -> None:
+    write_run(tmp_path / "ordinary", freezeout=False)
+    write_run(tmp_path / "again", freezeout=False)
+    (group,) = groups(tmp_path)
+    assert [len(arm.runs) for arm in group.arms] == [1]
+    assert any("made twice" in note for note in group.notes)
+
+
+# Bad input.
+
+
+def damaged(home: Path) -> dict[str, str]:
+    """A finished study, and beside it runs that cannot be used: what each must be said to be."""
+    write_study(home)
+    write_run(home / "stopped", seed=9, finished=False)
+    half = write_run(home / "half", seed=9) / "metrics.jsonl"
+    half.write_text(half.read_text()[:-30])
+    odd = write_run(home / "odd", seed=9) / "metrics.jsonl"
+    odd.write_text(odd.read_text().replace('"seconds": ', '"seconds": -'))
+    (write_run(home / "binary", seed=9) / "metrics.jsonl").write_bytes(b"\xff\xfe")
+    (write_run(home / "foreign", seed=9) / "config.json").write_text("[]")
+    cut = write_run(home / "cut", seed=9) / "config.json"
+    cut.write_text(cut.read_text()[:100])
+    wrong = write_run(home / "wrong", seed=9) / "config.json"
+    wrong.write_text(wrong.read_text().replace('"t_0": 0.8', '"t_0": 8'))
+    (write_run(home / "unstarted", seed=9) / "metrics.jsonl").unlink()
+    (home / "weird").mkdir()
+    (home / "weird/config.json").write_text('{"name": "no run"}')
+    return {
+        "stopped": "not finished, 300 of 400 steps",
+        "half": "metrics.jsonl, line 4 cannot be read",
+        "odd": "metrics.jsonl, line 1 cannot be read: it has an impossible seconds",
+        "binary": "metrics.jsonl cannot be read: it is no text",
+        "foreign": "config.json holds no configuration",
+        "cut": "config.json cannot be read",
+        "wrong": "config.json is not a run's configuration: t_0 must be in (0, 1], got 8",
+        "unstarted": "not finished, 0 of 400 steps",
+        "weird": "config.json is not a run's configuration: lacks 'config'",
+    }
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_runs_that_cannot_be_used_are_named_and_the_rest_is_reported(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    expected = damaged(tmp_path / "mixed")
+    write_study(tmp_path / "clean")
+    main(["report", str(tmp_path / "mixed")])
+    said = capsys.readouterr()
+    lines = said.err.splitlines()
+    assert len(lines) == len(expected)
+    for name, reason in expected.items():
+        (line,) = [line for line in lines if line.startswith(f"freezeout: warning: {name}: ")]
+        assert reason in line
+    mixed = json.loads((tmp_path / "mixed/report/report.json").read_text())
+    assert mixed["groups"] == numbers(tmp_path / "clean")["groups"]
+    page = (tmp_path / "mixed/report/index.html").read_text()
+    assert "Not used" in page
+    assert page.count("<li>") >= len(expected)
+
+
+@pytest.mark.parametrize("content", ["nothing", "no folder", "unfinished"])
+def test_a_folder_without_a_finished_run_is_refused(
+    content: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    home = tmp_path / "home"
+    if content != "no folder":
+        home.mkdir()
+    if content == "unfinished":
+        write_run(home / "run", finished=False)
+    with pytest.raises(SystemExit) as end:
+        main(["report", str(home)])
+    assert end.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("freezeout: ")
+    assert str(home) in line
+    reasons = {
+        "nothing": "holds no run folder",
+        "no folder": "is no folder",
+        "unfinished": "no finished run; run: not finished, 300 of 400 steps",
+    }
+    assert reasons[content] in line
+    assert not (home / "report").exists()
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_what_a_sweep_could_not_make_is_on_the_page(tmp_path: Path) -> None:
+    write_study(tmp_path)
+    states = [
+        {"run": "cubic/seed0", "status": "finished", "error": None},
+        {"run": "cubic/seed8", "status": "failed", "error": "the loss is <nan>"},
+    ]
+    (tmp_path / "sweep.json").write_text(json.dumps({"runs": states}))
+    page, left_out = write_report(tmp_path)
+    assert left_out == ["cubic/seed8: failed: the loss is <nan>"]
+    assert "the loss is &lt;nan&gt;" in page.read_text()
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_runs_that_measured_no_error_are_reported_without(tmp_path: Path) -> None:
+    write_run(tmp_path / "ordinary", freezeout=False, error=None, validate="none")
+    write_run(tmp_path / "arm", error=None, validate="none")
+    page, _ = write_report(tmp_path)
+    assert "no error was measured" in page.read_text()
+    assert "nan" not in re.sub(r"<svg.*?</svg>", "", page.read_text(), flags=re.DOTALL).lower()
+
+
+# The page.
+
+
+class Page(HTMLParser):
+    """What a page has in it: tags, ids, and everything that it would load."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: Counter[str] = Counter()
+        self.ids: Counter[str] = Counter()
+        self.loads: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags[tag] += 1
+        if tag not in ("meta", "link", "br"):
+            self.open.append(tag)
+        for name, value in attrs:
+            if name == "id":
+                self.ids[value or ""] += 1
+            if name in ("src", "href", "xlink:href", "data", "action") and value is not None:
+                self.loads.append(value)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        if tag not in ("meta", "link", "br"):
+            self.handle_endtag(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+@pytest.fixture(scope="module")
+def reported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The report's folder, of a study with savings."""
+    home = tmp_path_factory.mktemp("study")
+    write_study(home)
+    write_run(home / "linear", how_scale="linear", t_0=0.5, scale_lr=False, savings=SAVINGS)
+    return write_report(home)[0].parent
+
+
+def test_the_page_is_whole_in_itself(reported: Path) -> None:
+    text = (reported / "index.html").read_text()
+    page = Page(text)
+    assert page.open == []
+    assert page.tags["svg"] == len(FIGURES) + 1  # and the savings'
+    assert page.tags["script"] == 0
+    assert [load for load in page.loads if not load.startswith(("#", "data:,"))] == []
+    assert re.findall(r"url\((?!#)|@import", text) == []
+    assert [name for name, count in page.ids.items() if count > 1] == []
+    for used in re.findall(r"""(?:url\(#|href="#)([^)"]+)""", text):
+        assert used in page.ids
+
+
+def test_the_page_follows_light_dark_and_paper(reported: Path) -> None:
+    text = (reported / "index.html").read_text()
+    assert "prefers-color-scheme: dark" in text
+    assert "@media print" in text
+    figures = "".join(re.findall(r"<svg.*?</svg>", text, flags=re.DOTALL))
+    # No colour is fixed: all are the page's.
+    assert re.findall(r"#[0-9a-fA-F]{6}\b", figures) == []
+    assert set(re.findall(r"var\((--[a-z]+)\)", figures)) >= {"--paper", "--ink", "--blue"}
+
+
+def test_every_figure_is_a_file_too(reported: Path) -> None:
+    for name in [*FIGURES, "predicted_against_measured"]:
+        root = ElementTree.parse(reported / f"{name}.svg").getroot()
+        assert root.tag.endswith("svg")
+        assert "prefers-color-scheme: dark" in (reported / f"{name}.svg").read_text()
+        assert (reported / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_same_runs_give_the_same_report(tmp_path: Path) -> None:
+    write_study(tmp_path / "home")
+    first, second = (write_report(tmp_path / "home", tmp_path / n)[0].parent for n in "ab")
+    names = {path.name for path in first.iterdir()}
+    assert names == {path.name for path in second.iterdir()}
+    for name in names:
+        assert (first / name).read_bytes() == (second / name).read_bytes(), name
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_without_savings_a_sentence_stands_in_for_the_figure(tmp_path: Path) -> None:
+    page, _ = write_report(write_study(tmp_path))
+    assert "the runs hold no savings.json with a measured saving" in page.read_text()
+    assert not (page.parent / "predicted_against_measured.svg").exists()
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_a_report_does_not_read_itself_nor_name_other_folders(tmp_path: Path) -> None:
+    home = write_study(tmp_path / "home")
+    first = numbers(home)
+    assert numbers(home) == first
+    assert str(tmp_path) not in (home / "report/index.html").read_text()
+    assert str(tmp_path) not in (home / "report/report.json").read_text()
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_one_run_folder_is_a_report_as_well(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", freezeout=False)
+    page, left_out = write_report(run)
+    assert left_out == []
+    assert "WRN-16-1 on CIFAR-10" in page.read_text()
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_many_undecided_arms_are_told_in_one_sentence(tmp_path: Path) -> None:
+    for t_0 in (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8):
+        write_run(tmp_path / f"arm{t_0}", t_0=t_0)
+    write_run(tmp_path / "ordinary", freezeout=False)
+    page, _ = write_report(tmp_path)
+    assert "7 of 7 arms" in page.read_text()
+    assert page.read_text().count('class="tag') == 1
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_numbers_are_those_of_the_run_folders(tmp_path: Path) -> None:
+    found = numbers(write_study(tmp_path))
+    (group,) = found["groups"]
+    runs = [run for arm in group["arms"] for run in arm["runs"]]
+    assert len(runs) == 9
+    for run in runs:
+        rows = (tmp_path / run["run"] / "metrics.jsonl").read_text().splitlines()
+        assert run["error"] == json.loads(rows[-1])["valid_error"]
+        assert math.isclose(run["seconds"], sum(json.loads(row)["seconds"] for row in rows))
+
+
+def test_a_report_loads_no_torch(tmp_path: Path) -> None:
+    code = (
+        "import sys; from freezeout.cli import main\n"
+        "main(sys.argv[1:]); assert 'torch' not in sys.modules"
+    )
+    home = write_study(tmp_path)
+    result = subprocess.run(
+        [sys.executable, "-c", code, "report", str(home)], capture_output=True, text=True
+    )
+    assert (result.returncode, result.stderr) == (0, "")
+
+
+def test_a_data_error_is_what_a_library_user_gets(tmp_path: Path) -> None:
+    with pytest.raises(DataError):
+        write_report(tmp_path)
