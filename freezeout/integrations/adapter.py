@@ -78,11 +78,15 @@ class Adapter:
             freeze_every=self.freeze_every,
             anneal=self.anneal,
         )
-        self.freezer = freezer
         if state is not None:
-            freezer.load_state_dict(
-                dict(state), allow_schedule_change=self.allow_schedule_change
-            )
+            try:
+                freezer.load_state_dict(
+                    dict(state), allow_schedule_change=self.allow_schedule_change
+                )
+            except BaseException:
+                freezer.release()
+                raise
+        self.freezer = freezer
         return freezer
 
     def _end(self) -> None:

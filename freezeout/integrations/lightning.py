@@ -35,8 +35,8 @@ class FreezeOutCallback(Adapter, Callback):
     Checkpoints hold its state. After `fit` the module is an ordinary one again, everything
     trainable. A batch in which an optimizer made a step counts as one step.
 
-    It logs `freezeout/num_frozen`, also to the progress bar, and `freezeout/saved_share`, the
-    share of the steps' time that freezing has saved.
+    The progress bar shows how many layers are `frozen`. Loggers get `freezeout/num_frozen` and
+    `freezeout/saved_share`, the share of the steps' time that freezing has saved.
     """
 
     _state: dict[str, Any] | None = None  # of a checkpoint, or of the last fit
@@ -124,8 +124,9 @@ class FreezeOutCallback(Adapter, Callback):
         if trainer.global_step > self._counted and self.freezer.step():
             self._rewrap(trainer)
         self._counted = trainer.global_step
+        pl_module.log("frozen", float(self.freezer.num_frozen), prog_bar=True, logger=False)
         for name, value in self._figures().items():
-            pl_module.log(name, value, prog_bar=name == "freezeout/num_frozen")
+            pl_module.log(name, value)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.freezer is None or trainer.should_stop:  # early
