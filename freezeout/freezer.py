@@ -274,7 +274,9 @@ class FreezeOut:
             return None
         full = median(self._seconds[0])
         saved = sum(
-            count * (full - median(self._seconds[depth])) for depth, count in self._counts.items()
+            count * (full - median(self._seconds[depth]))
+            for depth, count in self._counts.items()
+            if depth in self._seconds  # not where a state was loaded just before its only step
         )
         return saved, saved / (full * sum(self._counts.values()))
 

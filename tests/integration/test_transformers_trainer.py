@@ -369,6 +369,7 @@ def test_what_would_not_freeze_is_refused(tmp_path: Path, monkeypatch: pytest.Mo
     from transformers.training_args import ParallelMode
 
     run = trainer(encoder(), tmp_path, FreezeOutTrainerCallback(EARLY))
+    run.callback_handler.optimizer = run.create_optimizer()
     for name, value, line in (
         ("deepspeed", "zero.json", "does not work with FSDP or DeepSpeed"),
         ("n_gpu", 2, "does not work with DataParallel"),
@@ -384,7 +385,6 @@ def test_what_would_not_freeze_is_refused(tmp_path: Path, monkeypatch: pytest.Mo
     with pytest.raises(InvalidValue, match=re.escape("(ddp_find_unused_parameters=True)")):
         run.callback_handler.on_train_begin(run.args, run.state, run.control)
     run.args.ddp_find_unused_parameters = True
-    run.callback_handler.optimizer = run.create_optimizer()
     run.callback_handler.on_train_begin(run.args, run.state, run.control)
 
 
