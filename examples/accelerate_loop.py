@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import DataLoaderConfiguration, set_seed
 from sklearn.datasets import load_digits
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -35,7 +35,9 @@ def last(folder: Path) -> Path | None:
 
 def main(folder: Path, epochs: int = 4, save_every: int = 10) -> FreezeOut:
     set_seed(0)
-    accelerator = Accelerator(gradient_accumulation_steps=2)
+    # The order of an epoch is a function of the seed and its number, so that it can be resumed.
+    order = DataLoaderConfiguration(use_seedable_sampler=True, data_seed=0)
+    accelerator = Accelerator(gradient_accumulation_steps=2, dataloader_config=order)
     digits = load_digits()
     images = torch.tensor(digits.data, dtype=torch.float32) / 16
     data = TensorDataset(images, torch.tensor(digits.target))

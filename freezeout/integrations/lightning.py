@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from ..errors import CheckpointError, FreezeOutError, InvalidValue
-from ..layers import Trace, find_layers
+from ..layers import Trace
 from ..layers.names import from_names, to_names
 from ..parallel import check_ranks_agree, rewrap
 from .adapter import Adapter

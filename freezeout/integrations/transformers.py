@@ -1,6 +1,6 @@
 """FreezeOut in Hugging Face's Trainer:
 
-    trainer = Trainer(model, args, train_dataset=data, callbacks=[FreezeOutTrainerCallback()])
+trainer = Trainer(model, args, train_dataset=data, callbacks=[FreezeOutTrainerCallback()])
 """
 
 from typing import Any
@@ -130,7 +130,9 @@ def _refuse(args: TrainingArguments) -> None:
         )
     if args.parallel_mode is ParallelMode.DISTRIBUTED:
         unused = args.ddp_find_unused_parameters
-        if args.ddp_static_graph or not (not args.activation_checkpointing if unused is None else unused):
+        if args.ddp_static_graph or not (
+            not args.activation_checkpointing if unused is None else unused
+        ):
             raise InvalidValue(
                 "DistributedDataParallel would wait for gradients of frozen layers: give "
                 "TrainingArguments(ddp_find_unused_parameters=True), without ddp_static_graph"

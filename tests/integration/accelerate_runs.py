@@ -12,7 +12,10 @@ from typing import Any
 
 import torch
 
-import tests.conftest  # noqa: F401  (lets torchvision be imported)
+import tests.conftest  # noqa: F401  (first: lets torchvision be imported)
+
+# isort: split
+
 from tests.integration.test_examples import example
 
 

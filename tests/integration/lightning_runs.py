@@ -1,7 +1,7 @@
 """Lightning modules and runs that tests start, here or in processes of their own:
 
-    python -m tests.integration.lightning_runs FOLDER STOP     one run, killed after step STOP
-    torchrun ... -m tests.integration.lightning_runs ddp FILE  on two ranks, beside a plain loop
+python -m tests.integration.lightning_runs FOLDER STOP     one run, killed after step STOP
+torchrun ... -m tests.integration.lightning_runs ddp FILE  on two ranks, beside a plain loop
 """
 
 import faulthandler
@@ -14,7 +14,9 @@ from typing import Any
 
 import torch
 
-import tests.conftest  # noqa: F401  (lets torchvision be imported)
+import tests.conftest  # noqa: F401  (first: lets torchvision be imported)
+
+# isort: split
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
@@ -188,5 +190,3 @@ if __name__ == "__main__":
         ddp(Path(sys.argv[2]))
     else:
         one_run(Path(sys.argv[1]), int(sys.argv[2]))
-
-

@@ -78,9 +78,10 @@ def contains(code: str, chunk: str) -> bool:
 
 def test_the_readmes_lines_are_the_examples() -> None:
     names = {name for name, _ in blocks()}
-    assert {f"examples/{name}.py" for name in (
-        "lightning_module", "transformers_trainer", "accelerate_loop"
-    )} <= names
+    assert {
+        f"examples/{name}.py"
+        for name in ("lightning_module", "transformers_trainer", "accelerate_loop")
+    } <= names
     for name, code in blocks():
         for chunk in code.split("\n\n"):
             assert contains((ROOT / name).read_text(), chunk), f"{name} has no\n{chunk}"

@@ -60,7 +60,11 @@ def row(freezer: FreezeOut) -> tuple[int, int, tuple[float, ...]]:
 
 
 def fit(
-    module: LightningModule, *callbacks: Callback, data: Any = None, start: Any = None, **options: Any
+    module: LightningModule,
+    *callbacks: Callback,
+    data: Any = None,
+    start: Any = None,
+    **options: Any,
 ) -> tuple[FreezeOutCallback, list[Any]]:
     """One run with FreezeOut, and what happened in it."""
     mine = [each for each in callbacks if isinstance(each, FreezeOutCallback)]
@@ -68,7 +72,9 @@ def fit(
     others = [each for each in callbacks if each is not callback]
     history = History(callback)
     run = trainer(callback, history, *others, **options)
-    run.fit(module, loader() if data is None else data, ckpt_path=start, weights_only=start and True)
+    run.fit(
+        module, loader() if data is None else data, ckpt_path=start, weights_only=start and True
+    )
     return callback, history.rows
 
 
@@ -235,9 +241,10 @@ class Adversarial(LightningModule):
 
     def losses(self, x: Tensor) -> Any:
         """One after the other, each to be followed by its optimizer's step."""
-        yield self.discriminator(x).square().mean() - self.discriminator(
-            self.generator(x).detach()
-        ).mean()
+        yield (
+            self.discriminator(x).square().mean()
+            - self.discriminator(self.generator(x).detach()).mean()
+        )
         yield self.discriminator(self.generator(x)).mean()
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:

@@ -184,9 +184,9 @@ def test_accumulation(tmp_path: Path) -> None:
     batches: list[dict[str, Tensor]] = []
     callback = FreezeOutTrainerCallback(EARLY)
     history = History(callback)
-    run = trainer(
-        model := encoder(), tmp_path, callback, history, batches=batches, gradient_accumulation_steps=2
-    )
+    two = {"gradient_accumulation_steps": 2}
+    model = encoder()
+    run = trainer(model, tmp_path, callback, history, batches=batches, **two)
     run.compute_loss_func = mean
     run.train()
     other = encoder()
@@ -221,17 +221,18 @@ def run_in_parts(
     model = run = None
     for callback in callbacks:
         model = encoder()
-        run = trainer(
-            model, folder, callback, save_strategy="steps", save_steps=8, **options
+        run = trainer(model, folder, callback, save_strategy="steps", save_steps=8, **options)
+        run.train(
+            resume_from_checkpoint=(folder / "checkpoint-8").exists()
+            and str(folder / "checkpoint-8")
         )
-        run.train(resume_from_checkpoint=(folder / "checkpoint-8").exists() and str(folder / "checkpoint-8"))
     assert model is not None
     return model, run
 
 
 def test_resuming_with_callbacks_that_the_trainer_restores(tmp_path: Path) -> None:
     """It makes new ones, from what the checkpoint says of them."""
-    options = {"layers": [name for name in BERT], "freeze_every": 2}
+    options = {"layers": list(BERT), "freeze_every": 2}
     whole, _ = run_in_parts(tmp_path / "whole", [FreezeOutTrainerCallback(EARLY, **options)])
     resumed, run = run_in_parts(
         tmp_path / "parts",

@@ -15,7 +15,9 @@ from typing import Any
 
 import torch
 
-import tests.conftest  # noqa: F401  (lets torchvision be imported)
+import tests.conftest  # noqa: F401  (first: lets torchvision be imported)
+
+# isort: split
 from torch import Tensor, nn
 from transformers import (
     BertConfig,
@@ -190,9 +192,7 @@ def ddp(file: Path) -> None:
     batches: list[dict[str, Tensor]] = []
     callback = FreezeOutTrainerCallback(EARLY)
     model = encoder()
-    run = trainer(
-        model, file.parent, callback, batches=batches, max_steps=10, ddp_backend="gloo"
-    )
+    run = trainer(model, file.parent, callback, batches=batches, max_steps=10, ddp_backend="gloo")
     run.train()
     assert isinstance(run.model_wrapped, DistributedDataParallel)
     assert callback.freezer is not None
