@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration, set_seed
 from sklearn.datasets import load_digits
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, TensorDataset
 
 from freezeout import FreezeOut
@@ -44,7 +45,7 @@ def main(folder: Path, epochs: int = 4, save_every: int = 10) -> FreezeOut:
     # A generator of its own: a loader that starts again takes none of dropout's random numbers.
     loader = DataLoader(data, batch_size=100, shuffle=True, generator=torch.Generator())
     blocks = [nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Dropout(0.1)) for _ in range(4)]
-    model = nn.Sequential(*blocks, nn.Linear(64, 10))
+    model: nn.Module = nn.Sequential(*blocks, nn.Linear(64, 10))
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.003)
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
 
@@ -53,7 +54,7 @@ def main(folder: Path, epochs: int = 4, save_every: int = 10) -> FreezeOut:
     accelerator.register_for_checkpointing(freezer)
     if (checkpoint := last(folder)) is not None:
         accelerator.load_state(str(checkpoint))
-        if freezer.num_frozen and accelerator.num_processes > 1:
+        if freezer.num_frozen and isinstance(model, DistributedDataParallel):
             model = rewrap(model)
 
     first, done = divmod(freezer.step_count, per_epoch)
@@ -67,7 +68,7 @@ def main(folder: Path, epochs: int = 4, save_every: int = 10) -> FreezeOut:
                 optimizer.zero_grad()
             if accelerator.sync_gradients:
                 layers = freezer.step()
-                if layers and accelerator.num_processes > 1:
+                if layers and isinstance(model, DistributedDataParallel):
                     model = rewrap(model)
                 if freezer.step_count % save_every == 0:
                     save(accelerator, folder, freezer.step_count)

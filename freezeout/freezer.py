@@ -83,13 +83,11 @@ class FreezeOut:
         optimizers = check_optimizers(optimizer)
         self.anneal = anneal
         self.model = model
-        found_before = _all_layers(layers)
+        ready = _ready_layers(layers)
         if layers is None:
             found = find_layers(model, example_inputs)
-        elif found_before is not None:
-            found = found_before
         else:
-            found = given_layers(model, layers, example_inputs)
+            found = ready or given_layers(model, layers, example_inputs)
         self.layers = _counted(found, optimizers)
         self.freeze_steps = self.schedule.freeze_steps(
             len(self.layers), self.total_steps, self.freeze_every
@@ -119,7 +117,7 @@ class FreezeOut:
             SplitOptimizer(each, layer_of, self._current_factors, lambda: self.num_frozen)
             for each in optimizers
         ]
-        known = example_inputs is not None or found_before is not None
+        known = bool(ready) or example_inputs is not None
         self._order_check = None if known else OrderCheck(model, self.layers)
         self._names = {parameter: name for name, parameter in model.named_parameters()}
         self._looked = False  # whether the model was changed
@@ -382,10 +380,10 @@ class FreezeOut:
         self._clock = now
 
 
-def _all_layers(layers: Sequence[Any] | None) -> list[Layer] | None:
-    """The list, if it is one of layers that have been found before."""
+def _ready_layers(layers: Any) -> list[Layer]:
+    """The list, if it is one of layers that have been found before; else an empty one."""
     given = list(layers) if isinstance(layers, Sequence) else []
-    return given if given and all(isinstance(layer, Layer) for layer in given) else None
+    return given if all(isinstance(layer, Layer) for layer in given) else []
 
 
 def _counted(found: list[Layer], optimizers: Sequence[Optimizer]) -> list[Layer]:

@@ -18,7 +18,7 @@ from ..parallel import check_ranks_agree
 from .adapter import Adapter
 
 
-class FreezeOutTrainerCallback(Adapter, TrainerCallback, ExportableState):  # type: ignore[misc]
+class FreezeOutTrainerCallback(Adapter, TrainerCallback, ExportableState):
     """Anneals and freezes a model's layers, one after another (see `FreezeOut`).
 
         callback = FreezeOutTrainerCallback(Schedule(t_0=0.5))
@@ -50,9 +50,10 @@ class FreezeOutTrainerCallback(Adapter, TrainerCallback, ExportableState):  # ty
         self._end()
         self.freezer = None
         _refuse(args)
-        saved = None
+        saved: Any = None
         if state.global_step:
-            saved = (state.stateful_callbacks or {}).get(type(self).__name__)
+            callbacks: Any = state.stateful_callbacks
+            saved = callbacks.get(type(self).__name__)
             if saved is None:
                 raise CheckpointError(
                     f"the checkpoint, of step {state.global_step}, was saved without "

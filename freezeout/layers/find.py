@@ -4,6 +4,7 @@ import warnings
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import combinations
+from typing import Any
 
 from torch import nn
 
@@ -51,7 +52,7 @@ def find_layers(model: nn.Module, example_inputs: ExampleInputs = None) -> list[
 
 def given_layers(
     model: nn.Module,
-    layers: Sequence[nn.Module | Sequence[nn.Module]],
+    layers: Sequence[Any],
     example_inputs: ExampleInputs = None,
 ) -> list[Layer]:
     """Layers from a user's list: each entry a module, or several that freeze together.
@@ -65,7 +66,7 @@ def given_layers(
     """
     if not isinstance(layers, Iterable):
         raise InvalidType(f"layers must be a list of modules, got {layers!r}")
-    groups = [
+    groups: list[list[Any]] = [
         [entry] if isinstance(entry, nn.Module) or not isinstance(entry, Iterable) else list(entry)
         for entry in layers
     ]

@@ -136,7 +136,7 @@ def ddp(file: Path) -> None:
     faulthandler.dump_traceback_later(100, exit=True)  # a rank that waits says where
     torch.set_num_threads(1)
     rank = int(os.environ["RANK"])
-    data = DataLoader([images(2 * i + rank) for i in range(BATCHES)], batch_size=None)  # type: ignore[arg-type]
+    data: Any = DataLoader([images(2 * i + rank) for i in range(BATCHES)], batch_size=None)  # type: ignore[arg-type]
     found: dict[str, Any] = {}
 
     def lightning(*callbacks: Callback, start: Path | None = None, **options: Any) -> Any:

@@ -143,5 +143,5 @@ def test_the_recipe_killed_and_resumed(tmp_path: Path) -> None:
     )
     assert (state["step"], state["num_frozen"]) == (24, 2)
     _, resumed = one_run(tmp_path / "killed", -1)
-    assert whole.step_count == resumed.step_count == 36  # type: ignore[attr-defined]
-    assert same(whole.model, resumed.model)  # type: ignore[attr-defined]
+    assert whole.step_count == resumed.step_count == 36
+    assert same(whole.model, resumed.model)

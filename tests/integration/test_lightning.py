@@ -201,7 +201,7 @@ class TwoOptimizers(Classifier):
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         loss = super().training_step(batch, batch_idx)
         optimizers = cast(list[Any], self.optimizers())
-        self.manual_backward(loss)
+        self.manual_backward(cast(Tensor, loss))
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
@@ -261,7 +261,7 @@ class Adversarial(LightningModule):
 
 
 def test_manual_optimization_with_toggled_optimizers() -> None:
-    data = torch.utils.data.DataLoader([vectors(i) for i in range(BATCHES)], batch_size=None)  # type: ignore[arg-type]
+    data: Any = torch.utils.data.DataLoader([vectors(i) for i in range(BATCHES)], batch_size=None)  # type: ignore[arg-type]
     schedule = Schedule(times=(0.5, 1.0, 1.0, 1.0))  # through the discriminator it learns
     module, net = Adversarial(), Adversarial()
     callback, rows = fit(module, FreezeOutCallback(schedule), data=data)
@@ -459,7 +459,8 @@ class EveryOther(TwoOptimizers):
     """A step every two batches, which Lightning cannot know."""
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        self.manual_backward(Classifier.training_step(self, batch, batch_idx))
+        loss = Classifier.training_step(self, batch, batch_idx)
+        self.manual_backward(cast(Tensor, loss))
         if batch_idx % 2:
             for optimizer in cast(list[Any], self.optimizers()):
                 optimizer.step()
@@ -530,7 +531,7 @@ class Kept(Classifier):
         if self.global_step == 0:  # its layers are found now
             return loss
         if self.kept is None or self.global_step < 6:
-            weight = self.net[0].weight
+            weight = self.net.get_parameter("0.weight")
             self.kept = weight.sum() - weight.detach().sum()
         return loss + self.kept
 

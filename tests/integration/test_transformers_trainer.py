@@ -153,7 +153,8 @@ def test_models_whose_output_matrix_is_their_embedding(
             return own_loss(output, batch, taken)
         labels = nn.functional.pad(batch["labels"], (0, 1), value=-100)[:, 1:].reshape(-1)
         total = cross_entropy(output.logits.reshape(len(labels), -1), labels, reduction="sum")
-        return total / (batch["labels"] != -100).sum()
+        mean: Tensor = total / (batch["labels"] != -100).sum()
+        return mean
 
     callback = check(make, tmp_path, sequences=True, loss=loss)
     assert callback.freezer is not None
@@ -176,7 +177,9 @@ def test_accumulation(tmp_path: Path) -> None:
     """Five batches an epoch, two a step, and the fifth one by itself."""
 
     def mean(output: Any, labels: Tensor, num_items_in_batch: Any) -> Tensor:
-        return cross_entropy(output.logits, labels, reduction="sum") / num_items_in_batch
+        total = cross_entropy(output.logits, labels, reduction="sum")
+        mean: Tensor = total / num_items_in_batch
+        return mean
 
     def loss(output: Any, batch: Any, taken: Any) -> Tensor:
         return mean(output, batch["labels"], sum(len(each["labels"]) for each in taken))
@@ -184,7 +187,7 @@ def test_accumulation(tmp_path: Path) -> None:
     batches: list[dict[str, Tensor]] = []
     callback = FreezeOutTrainerCallback(EARLY)
     history = History(callback)
-    two = {"gradient_accumulation_steps": 2}
+    two: Any = {"gradient_accumulation_steps": 2}
     model = encoder()
     run = trainer(model, tmp_path, callback, history, batches=batches, **two)
     run.compute_loss_func = mean
@@ -205,13 +208,11 @@ def test_killed_and_resumed(tmp_path: Path) -> None:
     assert ended.returncode == KILLED, ended.stderr
     state = json.loads((tmp_path / "killed" / "checkpoint-8" / "trainer_state.json").read_text())
     saved = state["stateful_callbacks"]["FreezeOutTrainerCallback"]["attributes"]
-    assert saved["freezer_state"]["num_frozen"] == 1
+    assert saved["freezer_state"]["num_frozen"] == 2
     assert same(one_run(tmp_path / "killed", -1), whole)
-    for frozen in ("bert.embeddings.word_embeddings.weight",):
-        early = torch.load(tmp_path / "killed" / "checkpoint-8" / "optimizer.pt", weights_only=True)
-        assert len(early["state"]) < len(early["param_groups"][0]["params"]) + len(
-            early["param_groups"][1]["params"]
-        ), frozen
+    optimizer = torch.load(tmp_path / "killed" / "checkpoint-8" / "optimizer.pt", weights_only=True)
+    held = sum(len(group["params"]) for group in optimizer["param_groups"])
+    assert 0 < len(optimizer["state"]) < held  # nothing of frozen parameters
 
 
 def run_in_parts(
@@ -232,7 +233,7 @@ def run_in_parts(
 
 def test_resuming_with_callbacks_that_the_trainer_restores(tmp_path: Path) -> None:
     """It makes new ones, from what the checkpoint says of them."""
-    options = {"layers": list(BERT), "freeze_every": 2}
+    options: Any = {"layers": list(BERT), "freeze_every": 2}
     whole, _ = run_in_parts(tmp_path / "whole", [FreezeOutTrainerCallback(EARLY, **options)])
     resumed, run = run_in_parts(
         tmp_path / "parts",
@@ -258,8 +259,8 @@ def test_the_best_model_is_loaded_at_the_end(tmp_path: Path) -> None:
     class Best(TrainerCallback):
         """The third evaluation is the best."""
 
-        def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any, **_: Any) -> None:
-            metrics["eval_loss"] = abs(state.global_step - 3.0)
+        def on_evaluate(self, args: Any, state: Any, control: Any, **others: Any) -> None:
+            others["metrics"]["eval_loss"] = abs(state.global_step - 3.0)
 
     model = encoder()
     run = trainer(
@@ -357,7 +358,7 @@ def test_reentrant_checkpointing_is_refused(tmp_path: Path) -> None:
 def test_a_model_that_is_not_called_is_refused(tmp_path: Path) -> None:
     run = trainer(encoder(), tmp_path, FreezeOutTrainerCallback(EARLY))
 
-    def parts_only(model: Any, inputs: dict[str, Tensor], **_: Any) -> Any:
+    def parts_only(model: Any, inputs: Any, *_: Any, **others: Any) -> Any:
         return model.classifier(model.bert(inputs["input_ids"]).pooler_output).square().mean()
 
     run.compute_loss = parts_only  # type: ignore[method-assign]

@@ -42,29 +42,34 @@ STEPS = EXAMPLES // BATCH  # an epoch
 TOTAL = EPOCHS * STEPS
 WORDS, LENGTH = 50, 8
 
-logging.set_verbosity_error()
+logging.set_verbosity_error()  # type: ignore[no-untyped-call]
 
 
 def encoder() -> nn.Module:
     torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2}
-    config = BertConfig(vocab_size=WORDS, intermediate_size=32, num_labels=3, **sizes)
+    sizes: Any = {
+        "hidden_size": 16,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+        "num_labels": 3,
+    }
+    config = BertConfig(vocab_size=WORDS, intermediate_size=32, **sizes)
     return BertForSequenceClassification(config)
 
 
 def decoder() -> nn.Module:
     """Its output matrix is its embedding."""
     torch.manual_seed(0)
-    sizes = {"n_embd": 16, "n_layer": 3, "n_head": 2, "n_positions": LENGTH}
-    ends = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+    sizes: Any = {"n_embd": 16, "n_layer": 3, "n_head": 2, "n_positions": LENGTH}
+    ends: Any = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
     return GPT2LMHeadModel(GPT2Config(vocab_size=WORDS, **sizes, **ends))
 
 
 def encoder_decoder() -> nn.Module:
     """Three uses of one embedding."""
     torch.manual_seed(0)
-    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2}
-    ends = {"decoder_start_token_id": 0, "pad_token_id": 0, "eos_token_id": 1}
+    sizes: Any = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2}
+    ends: Any = {"decoder_start_token_id": 0, "pad_token_id": 0, "eos_token_id": 1}
     return T5ForConditionalGeneration(T5Config(vocab_size=WORDS, **sizes, **ends))
 
 
@@ -74,7 +79,7 @@ def adapted() -> nn.Module:
 
     torch.manual_seed(0)
     config = LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["query", "value"])
-    return get_peft_model(encoder(), config)  # type: ignore[arg-type, return-value]
+    return get_peft_model(encoder(), config)
 
 
 def data(sequences: bool = False) -> list[dict[str, Any]]:
@@ -145,11 +150,11 @@ def trainer(
         return batch
 
     return Trainer(
-        model,  # type: ignore[arg-type]
+        model,
         arguments(folder, **options),
         data_collator=collate,
-        train_dataset=data() if examples is None else examples,  # type: ignore[arg-type]
-        eval_dataset=data()[:4] if examples is None else examples[:4],  # type: ignore[arg-type]
+        train_dataset=data() if examples is None else examples,
+        eval_dataset=data()[:4] if examples is None else examples[:4],
         callbacks=[Seed(), *callbacks],
     )
 
@@ -192,7 +197,15 @@ def ddp(file: Path) -> None:
     batches: list[dict[str, Tensor]] = []
     callback = FreezeOutTrainerCallback(EARLY)
     model = encoder()
-    run = trainer(model, file.parent, callback, batches=batches, max_steps=10, ddp_backend="gloo")
+    run = trainer(
+        model,
+        file.parent,
+        callback,
+        batches=batches,
+        max_steps=10,
+        ddp_backend="gloo",
+        average_tokens_across_devices=False,  # this would double BERT's loss, on two ranks
+    )
     run.train()
     assert isinstance(run.model_wrapped, DistributedDataParallel)
     assert callback.freezer is not None
