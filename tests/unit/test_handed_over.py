@@ -134,9 +134,10 @@ def test_a_forward_pass_that_is_told_of_is_looked_at() -> None:
     step()
     assert freezer.num_frozen == 1
     model[0][0].weight.requires_grad_(True)
+    freezer.forward_begins()
+    loss = loss_of(model[0], x, y)
     with pytest.warns(UserWarning, match="'0.0.weight' of frozen layer '0.0' requires a gradient"):
-        freezer.forward_begins()
-        freezer.forward_ended(loss_of(model[0], x, y))
+        freezer.forward_ended(loss)
 
 
 def test_what_was_can_be_asked_after_release() -> None:
@@ -160,11 +161,10 @@ def test_seconds_of_a_depth_whose_only_step_followed_loading() -> None:
     """Its duration is unknown."""
     model = linear_net()
     x = vectors(0)[0]
-    schedule = Schedule(times=(0.25, 0.5, 0.6, 1.0))
-    freezer = FreezeOut(
-        model, SGD(model.parameters(), 0.1), 20, schedule=schedule, example_inputs=x
-    )
-    for _ in range(11):
+    schedule = Schedule(times=(0.25, 0.5, 0.55, 1.0))
+    optimizer = SGD(model.parameters(), 0.1)
+    freezer = FreezeOut(model, optimizer, 20, schedule=schedule, example_inputs=x)
+    for _ in range(10):
         freezer.step()
     state = freezer.state_dict()
     freezer.load_state_dict(state)
