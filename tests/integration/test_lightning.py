@@ -33,7 +33,7 @@ from tests.integration.lightning_runs import (
     trainer,
 )
 from tests.integration.processes import KILLED, process, torchrun
-from tests.models import conv_net, images, vectors
+from tests.models import Reversed, conv_net, images, vectors
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning:lightning"),
@@ -316,6 +316,31 @@ def test_killed_in_an_epoch_and_resumed(tmp_path: Path, whole: tuple[nn.Module, 
     saved = torch.load(tmp_path / "step=8.ckpt", weights_only=True)
     assert saved["callbacks"]["FreezeOutCallback"]["freezer"]["num_frozen"] == 1
     assert same(one_run(tmp_path, -1), alone)
+
+
+class Backwards(Classifier):
+    """Its modules are defined last to first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = Reversed()  # type: ignore[assignment]
+
+
+def test_resumed_with_the_layers_of_the_checkpoint(tmp_path: Path) -> None:
+    """Which its first step would tell only when it has run."""
+    data: Any = torch.utils.data.DataLoader([vectors(i) for i in range(BATCHES)], batch_size=None)  # type: ignore[arg-type]
+    keep = ModelCheckpoint(tmp_path, filename="two", every_n_epochs=2, save_top_k=-1)
+    whole, resumed = Backwards(), Backwards()
+    fit(whole, keep, data=data, enable_checkpointing=True)
+    callback, rows = fit(resumed, data=data, start=tmp_path / "two.ckpt")
+    assert callback.freezer is not None
+    assert [layer.name for layer in callback.freezer.layers] == [
+        "net.stem",
+        "net.middle",
+        "net.head",
+    ]
+    assert rows[0][:2] == (11, 2)
+    assert same(resumed, whole)
 
 
 def test_a_finished_run_is_lengthened_when_that_is_allowed(tmp_path: Path) -> None:
