@@ -33,7 +33,7 @@ class StandIn(Optimizer):
     def __init__(self, optimizer: Optimizer) -> None:
         self.optimizer = optimizer
 
-    @property  # type: ignore[override]
+    @property
     def param_groups(self) -> list[dict[str, object]]:  # type: ignore[override]
         return self.optimizer.param_groups
 
@@ -133,7 +133,7 @@ def test_a_forward_pass_that_is_told_of_is_looked_at() -> None:
     assert not model._forward_hooks  # seen, and gone
     step()
     assert freezer.num_frozen == 1
-    model[0][0].weight.requires_grad_(True)
+    model.get_parameter("0.0.weight").requires_grad_(True)
     freezer.forward_begins()
     loss = loss_of(model[0], x, y)
     with pytest.warns(UserWarning, match="'0.0.weight' of frozen layer '0.0' requires a gradient"):
