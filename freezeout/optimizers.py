@@ -31,7 +31,7 @@ def check_optimizers(optimizers: Optimizer | Iterable[Optimizer]) -> tuple[Optim
         raise InvalidType(
             f"optimizer must be a torch optimizer or a list of them, got {optimizers!r}"
         )
-    checked = tuple(optimizers)
+    checked = tuple(map(_unwrapped, optimizers))
     if not checked:
         raise InvalidValue("the list of optimizers is empty")
     for optimizer in checked:
@@ -55,6 +55,14 @@ def check_optimizers(optimizers: Optimizer | Iterable[Optimizer]) -> tuple[Optim
     if len(set(checked)) != len(checked):
         raise InvalidValue("the same optimizer is listed twice")
     return checked
+
+
+def _unwrapped(optimizer: Any) -> Any:
+    """The optimizer in a framework's wrapper (Accelerate's, Lightning's): a stand-in that was never
+    set up as an optimizer itself, and passes everything on."""
+    inner = getattr(optimizer, "optimizer", None)
+    stands_in = "_optimizer_step_pre_hooks" not in getattr(optimizer, "__dict__", {})
+    return _unwrapped(inner) if stands_in and isinstance(inner, Optimizer) else optimizer
 
 
 class SplitOptimizer:

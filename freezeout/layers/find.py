@@ -4,6 +4,7 @@ import warnings
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import combinations
+from typing import Any
 
 from torch import nn
 
@@ -20,7 +21,8 @@ def find_layers(model: nn.Module, example_inputs: ExampleInputs = None) -> list[
         model: any module. It is run once in evaluation mode and left as it was.
         example_inputs: what its forward takes: a tensor, a tuple of positional arguments, a
             mapping of keyword arguments, or the pair (tuple, mapping). A small batch will do.
-            None: the modules' order of definition is taken instead of a forward pass.
+            None: the modules' order of definition is taken instead of a forward pass. A `Trace`:
+            that of a forward pass which has been recorded.
 
     A residual block, dense unit or transformer block is one layer, and so is a convolution with
     its norm; a norm without a bare neighbour in front goes with what follows, as a final norm
@@ -39,10 +41,7 @@ def find_layers(model: nn.Module, example_inputs: ExampleInputs = None) -> list[
         raise InvalidType(f"model must be a torch.nn.Module, got {type(model).__name__}")
     if next(model.parameters(), None) is None:
         raise InvalidValue("the model has no parameters: there is nothing to train or freeze")
-    if example_inputs is None:
-        trace = Trace.of_definition(model)
-    else:
-        trace = Trace.of_forward(model, example_inputs)
+    trace = Trace.of(model, example_inputs)
     names = {module: name for name, module in model.named_modules()}
     units = _Units(model, trace)
     groups = _grouped(units.in_order(), units)
@@ -53,7 +52,7 @@ def find_layers(model: nn.Module, example_inputs: ExampleInputs = None) -> list[
 
 def given_layers(
     model: nn.Module,
-    layers: Sequence[nn.Module | Sequence[nn.Module]],
+    layers: Sequence[Any],
     example_inputs: ExampleInputs = None,
 ) -> list[Layer]:
     """Layers from a user's list: each entry a module, or several that freeze together.
@@ -67,7 +66,7 @@ def given_layers(
     """
     if not isinstance(layers, Iterable):
         raise InvalidType(f"layers must be a list of modules, got {layers!r}")
-    groups = [
+    groups: list[list[Any]] = [
         [entry] if isinstance(entry, nn.Module) or not isinstance(entry, Iterable) else list(entry)
         for entry in layers
     ]
@@ -91,10 +90,7 @@ def given_layers(
                     )
     if not groups:
         raise InvalidValue("layers is empty; pass at least one module")
-    if example_inputs is None:
-        trace = Trace.of_definition(model)
-    else:
-        trace = Trace.of_forward(model, example_inputs)
+    trace = Trace.of(model, example_inputs)
     units = _Units(model, trace, [module for group in groups for module in group])
     result = _layers(model, trace, units, groups, [names[group[0]] or "model" for group in groups])
     if example_inputs is not None:

@@ -36,20 +36,33 @@ class Trace:
         flow: which modules fed which; None if no forward pass was seen.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, flow: Flow | None = None) -> None:
         self.runs: dict[nn.Module, tuple[int, Stack]] = {}
         self.uses: dict[nn.Parameter, tuple[int, Stack]] = {}
         self.starts: list[tuple[int, nn.Module]] = []
-        self.flow: Flow | None = None
+        self.flow = flow
         self._time = 0
         self._running: list[nn.Module] = []
+
+    @classmethod
+    def of(cls, model: nn.Module, example_inputs: ExampleInputs) -> "Trace":
+        """What there is to know: of a forward pass, one recorded before, or the definition."""
+        if isinstance(example_inputs, Trace):
+            return example_inputs
+        if example_inputs is None:
+            return cls.of_definition(model)
+        return cls.of_forward(model, example_inputs)
+
+    @classmethod
+    def recorder(cls) -> "Trace":
+        """An empty one, for `listening()` to a forward pass."""
+        return cls(Flow())
 
     @classmethod
     def of_forward(cls, model: nn.Module, example_inputs: ExampleInputs) -> "Trace":
         """Record `model` on `example_inputs`, in evaluation mode, leaving no mark on it: modes,
         buffers, random state and gradients are as before."""
-        trace = cls()
-        trace.flow = Flow()
+        trace = cls.recorder()
         args, kwargs = call_arguments(example_inputs)
         with _undisturbed(model), trace.listening(model):
             try:

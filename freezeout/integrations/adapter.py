@@ -1,0 +1,141 @@
+"""What callbacks of training frameworks have in common."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from ..errors import InvalidType, InvalidValue
+from ..freezer import FreezeOut
+from ..layers import ExampleInputs
+from ..schedule import Schedule, whole_number
+
+Part = str | nn.Module
+
+
+class Adapter:
+    """FreezeOut's options, kept until a run has a model and optimizers.
+
+    Args:
+        schedule: when layers freeze; a `Schedule`, or its arguments in a mapping.
+        total_steps: optimizer steps in the whole run; None: as many as the trainer says.
+        layers: the layers in execution order, each a module or several, or their names as in
+            `model.named_modules()`; None: they are found.
+        freeze_every, anneal: as in `FreezeOut`.
+        allow_schedule_change: a checkpoint may be of another schedule or length: go on from its
+            step with this one (to lengthen a run, say).
+
+    Attributes:
+        freezer: the `FreezeOut` of the run that goes on, or went last; None before the first.
+    """
+
+    def __init__(
+        self,
+        schedule: Schedule | Mapping[str, Any] | None = None,
+        *,
+        total_steps: int | None = None,
+        layers: Sequence[Part | Sequence[Part]] | None = None,
+        freeze_every: int = 1,
+        anneal: bool = True,
+        allow_schedule_change: bool = False,
+    ) -> None:
+        if isinstance(schedule, Mapping):
+            schedule = Schedule(**schedule)
+        if schedule is not None and not isinstance(schedule, Schedule):
+            raise InvalidType(f"schedule must be a Schedule, got {type(schedule).__name__}")
+        if total_steps is not None:
+            total_steps = whole_number("total_steps", total_steps)
+        self.schedule = schedule
+        self.total_steps = total_steps
+        self.layers = layers
+        self.freeze_every = whole_number("freeze_every", freeze_every)
+        self.anneal = anneal
+        self.allow_schedule_change = allow_schedule_change
+        self.freezer: FreezeOut | None = None
+
+    def _start(
+        self,
+        model: nn.Module,
+        optimizers: Optimizer | Iterable[Optimizer],
+        total_steps: int,
+        *,
+        found: Sequence[Any] | None = None,
+        example_inputs: ExampleInputs = None,
+        state: Mapping[str, Any] | None = None,
+    ) -> FreezeOut:
+        """The FreezeOut of a run, with the layers `found` unless the user gave others, brought
+        to where `state` says."""
+        layers = found if self.layers is None else [_resolved(model, each) for each in self.layers]
+        freezer = FreezeOut(
+            model,
+            optimizers,
+            total_steps,
+            schedule=self.schedule,
+            layers=layers,
+            example_inputs=example_inputs,
+            freeze_every=self.freeze_every,
+            anneal=self.anneal,
+        )
+        if state is not None:
+            try:
+                freezer.load_state_dict(
+                    dict(state), allow_schedule_change=self.allow_schedule_change
+                )
+            except BaseException:
+                freezer.release()
+                raise
+        self.freezer = freezer
+        return freezer
+
+    def _end(self) -> None:
+        """Leave an ordinary model and optimizers behind. `freezer` can still be asked what was."""
+        if self.freezer is not None:
+            self.freezer.release()
+
+    def _options(self) -> dict[str, Any]:
+        """The arguments that make another like this one, as plain values."""
+        model = None if self.freezer is None else self.freezer.model
+        names = {} if model is None else {part: name for name, part in model.named_modules()}
+        layers = None if self.layers is None else [_named(names, each) for each in self.layers]
+        return {
+            "schedule": None if self.schedule is None else asdict(self.schedule),
+            "total_steps": self.total_steps,
+            "layers": layers,
+            "freeze_every": self.freeze_every,
+            "anneal": self.anneal,
+            "allow_schedule_change": self.allow_schedule_change,
+        }
+
+    def _figures(self) -> dict[str, float]:
+        """For logs: how many layers are frozen, and the share of the time of the steps so far
+        that this has saved, once it can be told."""
+        if self.freezer is None:
+            return {}
+        figures = {"freezeout/num_frozen": float(self.freezer.num_frozen)}
+        saved = self.freezer.seconds_saved()
+        if saved is not None:
+            figures["freezeout/saved_share"] = saved[1]
+        return figures
+
+
+def _named(names: Mapping[nn.Module, str], entry: Any) -> Any:
+    """An entry of `layers`, with names in the place of modules."""
+    if isinstance(entry, str):
+        return entry
+    if isinstance(entry, nn.Module):
+        return names.get(entry)  # None before there is a run
+    return [_named(names, part) for part in entry]
+
+
+def _resolved(model: nn.Module, entry: Any) -> Any:
+    """An entry of `layers`, with modules in the place of names."""
+    if isinstance(entry, str):
+        modules = dict(model.named_modules())
+        if entry not in modules:
+            raise InvalidValue(f"layers names {entry!r}, which is no module of the model")
+        return modules[entry]
+    if isinstance(entry, nn.Module) or not isinstance(entry, Iterable):
+        return entry
+    return [_resolved(model, part) for part in entry]

@@ -1,0 +1,239 @@
+"""FreezeOut in Lightning:
+
+    trainer = Trainer(callbacks=[FreezeOutCallback()])
+
+Lightning calls a module's `training_step`, not the module, and calls it inside of
+`optimizer.step(closure)`. So the layers are found in the first training step itself, while it
+runs, and its closure is called before the optimizer's step, in which FreezeOut then takes part.
+"""
+
+import warnings
+from collections.abc import Callable
+from contextlib import ExitStack
+from functools import wraps
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+from ..errors import CheckpointError, FreezeOutError, InvalidValue
+from ..layers import Trace
+from ..layers.names import from_names, to_names
+from ..parallel import check_ranks_agree, rewrap
+from .adapter import Adapter
+
+
+class FreezeOutCallback(Adapter, Callback):
+    """Anneals and freezes the layers of a LightningModule, one after another (see `FreezeOut`).
+
+        trainer = Trainer(max_epochs=10, callbacks=[FreezeOutCallback(Schedule(t_0=0.5))])
+
+    With automatic and manual optimization, on one device or with the DDP strategy. Layers are
+    found with the module's `example_input_array` if it has one, else in the first training step.
+    Checkpoints hold its state. After `fit` the module is an ordinary one again, everything
+    trainable. A batch in which an optimizer made a step counts as one step.
+
+    The progress bar shows how many layers are `frozen`. Loggers get `freezeout/num_frozen` and
+    `freezeout/saved_share`, the share of the steps' time that freezing has saved.
+    """
+
+    _state: dict[str, Any] | None = None  # of a checkpoint, or of the last fit
+    _first: "_FirstStep | None" = None  # the first training step, while it is watched
+    _counted = 0  # trainer.global_step when it was last looked at
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._end()
+        self.freezer, self._first = None, None
+        self._counted = trainer.global_step
+        if self._counted == 0:
+            self._state = None
+        elif self._state is None:
+            raise CheckpointError(
+                f"the checkpoint, of step {self._counted}, was saved without FreezeOutCallback; "
+                "start from its weights instead, or go on without the callback"
+            )
+        inputs = pl_module.example_input_array
+        if self._state is not None:
+            found = from_names(pl_module, self._state["layers"])
+            self._begin(trainer, pl_module, found=found, state=self._state["freezer"])
+        elif inputs is not None:
+            inputs = trainer.strategy.batch_to_device(
+                trainer.precision_plugin.convert_input(inputs)
+            )
+            self._begin(trainer, pl_module, example_inputs=inputs)
+        else:
+            self._first = _FirstStep(
+                pl_module,
+                trainer.optimizers,
+                lambda trace: self._begin(trainer, pl_module, example_inputs=trace),
+            )
+
+    def _begin(self, trainer: Trainer, pl_module: LightningModule, **how: Any) -> None:
+        self._first = None
+        wrapper = trainer.strategy.model
+        if wrapper is not pl_module and not isinstance(wrapper, DistributedDataParallel):
+            raise InvalidValue(
+                "FreezeOutCallback works on one device and with the DDP strategy, not with "
+                f"{type(trainer.strategy).__name__}"
+            )
+        total = trainer.estimated_stepping_batches if self.total_steps is None else self.total_steps
+        if not isinstance(total, int) or total < 1:
+            raise InvalidValue(
+                "how many steps the run will make is not known: give Trainer(max_steps=...), or "
+                "FreezeOutCallback(total_steps=...)"
+            )
+        freezer = self._start(pl_module, trainer.optimizers, total, **how)
+        check_ranks_agree(freezer)
+        if freezer.num_frozen:
+            self._rewrap(trainer)
+
+    def _rewrap(self, trainer: Trainer) -> None:
+        if isinstance(trainer.strategy.model, DistributedDataParallel):
+            trainer.strategy.model = rewrap(trainer.strategy.model)
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if self._first is not None:
+            self._first.forward_begins()
+        if self.freezer is not None:
+            self.freezer.forward_begins()
+
+    def on_before_backward(
+        self, trainer: Trainer, pl_module: LightningModule, loss: Tensor
+    ) -> None:
+        if self._first is not None:
+            self._first.forward_ended()
+        if self.freezer is not None:
+            self.freezer.forward_ended(loss)
+
+    def on_train_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        if self._first is not None:
+            self._first.batch_ended()
+        if self.freezer is None:
+            return
+        if trainer.global_step > self._counted and self.freezer.step():
+            self._rewrap(trainer)
+        self._counted = trainer.global_step
+        pl_module.log("frozen", float(self.freezer.num_frozen), prog_bar=True, logger=False)
+        for name, value in self._figures().items():
+            pl_module.log(name, value)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.freezer is None or trainer.should_stop:  # early
+            return
+        made, planned = self.freezer.step_count, self.freezer.total_steps
+        if made < planned:
+            warnings.warn(
+                f"the run made {made} steps, but its schedule was for {planned}: layers froze too "
+                f"late, and learning rates did not reach zero; give FreezeOutCallback("
+                f"total_steps={made})",
+                stacklevel=2,
+            )
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if self._first is not None:
+            self._first.leave()
+            self._first = None
+        self._state = self.state_dict() or None
+        self._end()
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        self.teardown(trainer, pl_module, "fit")
+
+    def state_dict(self) -> dict[str, Any]:
+        if self.freezer is None:
+            return self._state or {}
+        return {
+            "freezer": self.freezer.state_dict(),
+            "layers": to_names(self.freezer.model, self.freezer.layers),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._state = state_dict
+
+
+class _FirstStep:
+    """Records the first training step's forward pass, then calls `build` with the record, before
+    any optimizer's first step."""
+
+    def __init__(
+        self,
+        module: LightningModule,
+        optimizers: list[Optimizer],
+        build: Callable[[Trace], None],
+    ) -> None:
+        self._module, self._build = module, build
+        self._trace: Trace | None = None  # of a whole forward pass
+        self._recording: tuple[Trace, ExitStack] | None = None
+        # Inside of toggle_optimizer() parameters of other optimizers require no gradient.
+        self._trained = [p for p in module.parameters() if p.requires_grad]
+        self._own_steps = [(each, each.__dict__.get("step")) for each in optimizers]
+        for optimizer in optimizers:
+            optimizer.step = self._after_closure(optimizer)  # type: ignore[method-assign]
+
+    def forward_begins(self) -> None:
+        if self._trace is None and self._recording is None:
+            trace, stack = Trace.recorder(), ExitStack()
+            stack.enter_context(trace.listening(self._module, running=True))
+            self._recording = trace, stack
+
+    def forward_ended(self) -> None:
+        if self._recording is not None:
+            self._trace, stack = self._recording
+            self._recording = None
+            stack.close()
+
+    def batch_ended(self) -> None:
+        """Without a loss, if it is still being recorded."""
+        if self._recording is not None:
+            self._recording[1].close()
+            self._recording = None
+
+    def leave(self) -> None:
+        self.batch_ended()
+        for optimizer, own in self._own_steps:
+            optimizer.__dict__.pop("step", None)
+            if own is not None:
+                optimizer.__dict__["step"] = own
+        self._own_steps = []
+
+    def _after_closure(self, optimizer: Optimizer) -> Callable[..., Any]:
+        step = optimizer.step
+
+        @wraps(step)
+        def first(*args: Any, **kwargs: Any) -> Any:
+            if args:
+                kwargs["closure"] = args[0]
+            closure = kwargs.get("closure")
+            if closure is not None:
+                result = closure()
+                kwargs["closure"] = lambda: result
+            if self._trace is None:
+                if not self._module.automatic_optimization:
+                    raise FreezeOutError(
+                        "an optimizer made a step, but manual_backward() was not called: call "
+                        "self.manual_backward(loss), or give the module an example_input_array"
+                    )
+                return step(**kwargs)  # training_step() gave no loss
+            self.leave()
+            held = [p for p in self._trained if not p.requires_grad]
+            for parameter in held:
+                parameter.requires_grad_(True)
+            self._build(self._trace)
+            for parameter in held:
+                parameter.requires_grad_(False)
+            return optimizer.step(**kwargs)
+
+        return first
