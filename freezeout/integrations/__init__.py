@@ -1,0 +1,1 @@
+"""FreezeOut inside training frameworks: one file a framework, each imported only by who uses it."""
