@@ -1,10 +1,11 @@
 """A small convolutional network learns handwritten digits, with FreezeOut, in JAX.
 
-    pip install 'freezeout[jax]' scikit-learn
-    python examples/jax_digits.py
+pip install 'freezeout[jax]' scikit-learn
+python examples/jax_digits.py
 """
 
 import time
+from itertools import pairwise
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,7 @@ EPOCHS, BATCH, WIDTHS, CLASSES = 10, 64, (16, 32, 32, 64), 10
 
 def new_params(key):
     """A list of layers: convolutions, and the classifier."""
-    shapes = [(3, 3, *pair) for pair in zip((1, *WIDTHS), WIDTHS)] + [(4 * 4 * WIDTHS[-1], CLASSES)]
+    shapes = [(3, 3, *pair) for pair in pairwise((1, *WIDTHS))] + [(4 * 4 * WIDTHS[-1], CLASSES)]
     kernel = jax.nn.initializers.he_normal()
     return [
         {"kernel": kernel(jax.random.fold_in(key, i), shape), "bias": jnp.zeros(shape[-1])}

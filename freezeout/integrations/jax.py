@@ -159,15 +159,19 @@ class FreezeOut:
         scale = self.schedule.scale_lr
         return tuple(factor(step, end, self.total_steps, scale) for end in self.freeze_steps)
 
+    def flops(self, num_frozen: int) -> float:
+        """XLA's count for one step with `num_frozen` layers frozen; FreezeOutError before it has
+        been compiled."""
+        if num_frozen not in self.compiled:
+            raise FreezeOutError(f"the step with {num_frozen} layers frozen is not compiled yet")
+        counted: Any = self.compiled[num_frozen].cost_analysis()
+        return float(counted["flops"])
+
     def flops_saved(self) -> float:
-        """The share of the whole run's FLOPs that freezing saves, as XLA counts them in the
-        compiled steps. FreezeOutError before the last stage has been compiled."""
-        missing = [k for k in self.stages if k not in self.compiled]
-        if missing:
-            raise FreezeOutError(f"the steps with {missing} layers frozen are not compiled yet")
-        costs = [0.0] * self._layout.num_layers  # a depth that never occurs has no steps either
-        for k, compiled in self.compiled.items():
-            costs[k] = compiled.cost_analysis()["flops"]
+        """The share of the whole run's FLOPs that freezing saves; FreezeOutError before the last
+        stage has been compiled."""
+        # A depth that never occurs costs nothing: no step is made there.
+        costs = [self.flops(k) if k in self.stages else 0.0 for k in range(self._layout.num_layers)]
         return saving(costs, self.freeze_steps, self.total_steps)
 
     # --- training -------------------------------------------------------------------------
@@ -282,7 +286,8 @@ class FreezeOut:
             return loss, (None, aux)
         loss, rest = self._loss_fn(params, model_state, *batch, **told)
         new_state, aux = rest if self.has_aux else (rest, None)
-        before, after = jax.tree.structure(model_state), jax.tree.structure(new_state)
+        before: Any = jax.tree.structure(model_state)
+        after: Any = jax.tree.structure(new_state)
         if before != after:
             raise InvalidValue(f"loss_fn was given a model state {before} and returned {after}")
         return loss, (new_state, aux)
@@ -315,9 +320,9 @@ class FreezeOut:
         """The optimizer state without what belongs to the first k layers; the rest as it is."""
         # With None in the place of what has gone, what remains keeps its path.
         kept = dict(jax.tree_util.tree_leaves_with_path(state.opt_state))
-        fresh, structure = jax.tree_util.tree_flatten_with_path(
-            self._fresh_opt_state(state.params, k)
-        )
+        fresh_state = self._fresh_opt_state(state.params, k)
+        fresh = jax.tree_util.tree_leaves_with_path(fresh_state)
+        structure: Any = jax.tree.structure(fresh_state)
         for path, leaf in fresh:
             if path not in kept or kept[path].shape != leaf.shape:
                 where = jax.tree_util.keystr(path)
@@ -328,7 +333,7 @@ class FreezeOut:
         return structure.unflatten(kept[path] for path, _ in fresh)
 
     def _check_opt_state(self, state: TrainState, k: int) -> None:
-        expected = jax.tree.structure(self._fresh_opt_state(state.params, k))
+        expected: Any = jax.tree.structure(self._fresh_opt_state(state.params, k))
         if (found := jax.tree.structure(state.opt_state)) != expected:
             raise CheckpointError(
                 f"at step {state.step} {k} layers are frozen, and the optimizer state must be "
@@ -360,7 +365,8 @@ class _Tree:
             layers = [(str(i),) for i in range(len(params))]
         self.names = layers
         self.num_layers = len(layers)
-        leaves, self._structure = jax.tree_util.tree_flatten_with_path(params)
+        leaves = jax.tree_util.tree_leaves_with_path(params)
+        self._structure: Any = jax.tree.structure(params)
         self.layer_of = [self._find(path, leaf) for path, leaf in leaves]
         for i, names in enumerate(layers):
             if i not in self.layer_of:
@@ -449,9 +455,11 @@ def _signature(batch: PyTree) -> Any:
     return structure, tuple((x.shape, x.dtype, x.sharding) for x in map(_shape_of, leaves))
 
 
-def _shape_of(x: Any) -> jax.ShapeDtypeStruct:
+def _shape_of(x: Any) -> Any:
+    """What a graph is compiled for: shape, type, and place, where the user has chosen one."""
     placed = x.sharding if isinstance(x, jax.Array) and x.committed else None
-    return jax.ShapeDtypeStruct(np.shape(x), jax.dtypes.result_type(x), sharding=placed)
+    struct: Any = jax.ShapeDtypeStruct
+    return struct(np.shape(x), jax.dtypes.result_type(x), sharding=placed)
 
 
 def _done(compiled: jax.stages.Compiled) -> "Future[jax.stages.Compiled]":

@@ -103,12 +103,16 @@ class FreezeOutCallback(keras.callbacks.Callback):  # type: ignore[misc]
             self._offset = count - epoch * steps if steps is not None else count if not epoch else 0
             self._take_over()
         self._epoch_start = count - self._offset
-        self._stand_at(self._epoch_start // self._every)
+        step = self._epoch_start // self._every
+        self._check_length(step + 1)
+        self._stand_at(step)
 
     def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
         # Not at a batch's end: Keras would then wait for each batch's loss before the next.
         assert self._epoch_start is not None
-        self._stand_at((self._epoch_start + batch) // self._every)
+        step = (self._epoch_start + batch) // self._every
+        self._check_length(step)  # where batches are not counted, one more begins than there are
+        self._stand_at(step)
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
         if logs is not None:
@@ -136,9 +140,11 @@ class FreezeOutCallback(keras.callbacks.Callback):  # type: ignore[misc]
 
     # --- freezing -------------------------------------------------------------------------
 
-    def _stand_at(self, step: int) -> None:
-        if step >= self._total:
+    def _check_length(self, steps: int) -> None:
+        if steps > self._total:
             raise FreezeOutError(f"fit goes on after the run's total_steps = {self._total} steps")
+
+    def _stand_at(self, step: int) -> None:
         # A layer that anneals until the last step is never frozen: no step is left to save.
         ends = [end for end in self.freeze_steps if end < self._total]
         if (k := bisect_right(ends, step)) > self.num_frozen:
@@ -155,7 +161,7 @@ class FreezeOutCallback(keras.callbacks.Callback):  # type: ignore[misc]
                     self._set_inference(part)
             for variable in variables:
                 variable.trainable = False
-                self._undo.append(lambda variable=variable: setattr(variable, "trainable", True))
+                self._undo.append(partial(setattr, variable, "trainable", True))
         self.num_frozen = k
         self._leave_out_frozen(model.optimizer)
         model.make_train_function(force=True)
@@ -288,7 +294,8 @@ def _found(model: Any, given: Sequence[Any] | None) -> list[list[Any]]:
             groups[-1].append(unit)
     else:
         groups = [_named(model, entry) for entry in given]
-        places = {id(unit): i for i, unit in enumerate(_in_order(model, sum(groups, [])))}
+        units = [unit for group in groups for unit in group]
+        places = {id(unit): i for i, unit in enumerate(_in_order(model, units))}
         runs = [[places[id(unit)] for unit in group if id(unit) in places] for group in groups]
         for i, (one, other) in enumerate(pairwise(runs)):
             if max(one, default=-1) > min(other, default=len(places)):
@@ -328,9 +335,7 @@ def _variables(model: Any, layers: Sequence[Sequence[Any]]) -> list[list[Any]]:
     one that no layer has to the last of all."""
     owner = {id(v): len(layers) - 1 for v in model.trainable_variables}
     owner |= {id(v): i for i, group in enumerate(layers) for u in group for v in u.variables}
-    return [
-        [v for v in model.trainable_variables if owner[id(v)] == i] for i in range(len(layers))
-    ]
+    return [[v for v in model.trainable_variables if owner[id(v)] == i] for i in range(len(layers))]
 
 
 class _Pass(keras.Operation):  # type: ignore[misc]
@@ -347,21 +352,14 @@ class _Pass(keras.Operation):  # type: ignore[misc]
 def _in_order(model: Any, units: Sequence[Any]) -> list[Any]:
     """Those units that run, in the order of their last calls, from one symbolic pass."""
     calls: list[int] = []
-    undo: list[Callable[[], None]] = []
+    before = [vars(unit).get("call") for unit in units]
 
-    def watch(unit: Any, number: int) -> None:
-        call, attributes = unit.call, vars(unit)
-        before = {"call": attributes["call"]} if "call" in attributes else {}
-
-        def watched(*args: Any, **kwargs: Any) -> Any:
-            calls.append(number)
-            return call(*args, **kwargs)
-
-        attributes["call"] = watched
-        undo.append(lambda: (attributes.pop("call"), attributes.update(before)) and None)
+    def watched(number: int, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        calls.append(number)
+        return call(*args, **kwargs)
 
     for number, unit in enumerate(units):
-        watch(unit, number)
+        vars(unit)["call"] = partial(watched, number, unit.call)
     try:
         _Pass(model).compute_output_spec(_inputs(model))
     except Exception as error:
@@ -370,8 +368,10 @@ def _in_order(model: Any, units: Sequence[Any]) -> list[Any]:
             f"failed: {error}"
         ) from error
     finally:
-        for each in undo:
-            each()
+        for unit, call in zip(units, before, strict=True):
+            del vars(unit)["call"]
+            if call is not None:
+                vars(unit)["call"] = call
     last = {number: place for place, number in enumerate(calls)}
     return [units[number] for number in sorted(last, key=last.__getitem__)]
 

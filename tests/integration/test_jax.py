@@ -120,9 +120,25 @@ def is_matrix(params: Any) -> Any:
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_frozen_leaves_are_at_rest_and_have_no_optimizer_state(name: str) -> None:
+def test_frozen_leaves_are_at_rest_and_the_other_layers_state_is_carried_over(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     freezer = new_freezer(OPTIMIZERS[name]())
     state = freezer.init(jax_loop.params())
+    prune = freezer._pruned
+
+    def watched(state: TrainState, k: int) -> Any:
+        pruned = prune(state, k)
+        before = dict(leaves(state.opt_state))
+        assert all(bits(before[path]) == bits(leaf) for path, leaf in leaves(pruned))
+        gone = before.keys() - dict(leaves(pruned)).keys()
+        assert gone
+        assert not any(
+            f"['{layer}']" in str(path) for path in gone for layer in jax_loop.LAYERS[k:]
+        )
+        return pruned
+
+    monkeypatch.setattr(freezer, "_pruned", watched)
     for step in range(jax_loop.TOTAL):
         k = 0 if step < 6 else 1 if step < 12 else 3
         assert freezer.num_frozen(step) == k
@@ -132,31 +148,11 @@ def test_frozen_leaves_are_at_rest_and_have_no_optimizer_state(name: str) -> Non
             assert moved == (i >= k and (name != "accumulated" or step % 3 == 2)), (step, layer)
         held = " ".join(jax.tree_util.keystr(path) for path, _ in leaves(following.opt_state))
         gone = freezer.num_frozen(step + 1)
-        assert [f"['{layer}']" in held for layer in jax_loop.LAYERS] == [i >= gone for i in range(4)]
+        assert [f"['{layer}']" in held for layer in jax_loop.LAYERS] == [
+            i >= gone for i in range(4)
+        ]
         state = following
     assert sorted(freezer.compiled) == [0, 1, 3]
-
-
-@pytest.mark.parametrize("name", OPTIMIZERS)
-def test_optimizer_state_is_carried_over_bit_for_bit(
-    name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    freezer = new_freezer(OPTIMIZERS[name]())
-    seen: list[tuple[Any, Any]] = []
-    prune = freezer._pruned
-
-    def watched(state: TrainState, k: int) -> Any:
-        seen.append((state.opt_state, prune(state, k)))
-        return seen[-1][1]
-
-    monkeypatch.setattr(freezer, "_pruned", watched)
-    state = trained(freezer, freezer.init(jax_loop.params()), 6)
-    before, after = (dict(leaves(each)) for each in seen[-1])
-    assert all(bits(before[path]) == bits(leaf) for path, leaf in after.items())
-    dropped = {jax.tree_util.keystr(path) for path in before.keys() - after.keys()}
-    assert dropped
-    assert all("['first']" in path for path in dropped)
-    assert bits(state.opt_state) == bits(seen[-1][1])
 
 
 def test_weights_are_those_of_the_paper_written_out() -> None:
@@ -164,7 +160,7 @@ def test_weights_are_those_of_the_paper_written_out() -> None:
     products round differently, by about 1e-7 a step, hence the tolerance."""
     torch.manual_seed(0)
     total, width = 40, 8
-    modules = [nn.Sequential(nn.Linear(width, width), nn.Tanh()) for _ in range(4)]
+    modules: list[Any] = [nn.Sequential(nn.Linear(width, width), nn.Tanh()) for _ in range(4)]
     params = [
         {"w": each[0].weight.detach().numpy().T.copy(), "b": each[0].bias.detach().numpy().copy()}
         for each in modules
@@ -202,17 +198,20 @@ def test_weights_are_those_of_the_paper_written_out() -> None:
 @pytest.fixture
 def compilations(caplog: pytest.LogCaptureFixture) -> Iterator[Callable[[], int]]:
     """How often XLA has compiled a train step, as JAX itself logs it."""
-    jax.config.update("jax_log_compiles", True)  # in all threads, unlike jax.log_compiles()
+    config: Any = jax.config
+    config.update("jax_log_compiles", True)  # in all threads, unlike jax.log_compiles()
     with caplog.at_level(logging.WARNING):
         yield lambda: sum(
             "Finished XLA compilation of jit(_update)" in record.getMessage()
             for record in caplog.records
         )
-    jax.config.update("jax_log_compiles", False)
+    config.update("jax_log_compiles", False)
 
 
-@pytest.mark.parametrize("ahead", [True, False])
-@pytest.mark.parametrize(("freeze_every", "stages"), [(1, (0, 1, 2, 3)), (8, (0, 2))])
+@pytest.mark.parametrize(
+    ("ahead", "freeze_every", "stages"),
+    [(True, 1, (0, 1, 2, 3)), (True, 8, (0, 2)), (False, 1, (0, 1, 2, 3))],
+)
 def test_there_is_one_compilation_a_stage(
     ahead: bool, freeze_every: int, stages: tuple[int, ...], compilations: Callable[[], int]
 ) -> None:
@@ -257,8 +256,8 @@ def conv(w: jax.Array, x: jax.Array) -> jax.Array:
 
 def flops(function: Callable[..., Any], *inputs: Any) -> float:
     """XLA's count of one function alone, as it is written: nothing is fused or left out."""
-    count: float = jax.jit(function).lower(*inputs).cost_analysis()["flops"]
-    return count
+    counted: Any = jax.jit(function).lower(*inputs).cost_analysis()
+    return float(counted["flops"])
 
 
 @pytest.mark.parametrize("kind", ["mlp", "cnn"])
@@ -272,8 +271,8 @@ def test_flops_of_the_compiled_step_fall_as_foretold(kind: str) -> None:
         {"w": jax.random.normal(key, (*kernel, *pair)) / 10, "b": jnp.zeros(pair[1])}
         for pair in pairwise(widths)
     ]
-    x = jax.random.normal(key, (64, *image, widths[0]))
-    y = jnp.zeros((64, *image, widths[-1]))
+    x = jax.random.normal(key, (32, *image, widths[0]))
+    y = jnp.zeros((32, *image, widths[-1]))
 
     def loss_fn(params: Any, x: jax.Array, y: jax.Array) -> jax.Array:
         for layer in params:
@@ -286,7 +285,10 @@ def test_flops_of_the_compiled_step_fall_as_foretold(kind: str) -> None:
     for _ in range(8):
         state, _ = freezer.step(state, x, y)
 
-    forward, to_weights, to_inputs, update = [], [], [], []
+    forward: list[float] = []
+    to_weights: list[float] = []
+    to_inputs: list[float] = []
+    update: list[float] = []
     for layer in params:
         w, out = layer["w"], product(layer["w"], x)
         forward.append(flops(product, w, x))
@@ -299,7 +301,7 @@ def test_flops_of_the_compiled_step_fall_as_foretold(kind: str) -> None:
     foretold = [
         sum(forward) + sum(to_weights[k:] + update[k:]) + sum(to_inputs[k + 1 :]) for k in range(4)
     ]
-    counted = [freezer.compiled[k].cost_analysis()["flops"] for k in range(4)]
+    counted = [freezer.flops(k) for k in range(4)]
     for k in range(1, 4):
         assert counted[k] / counted[0] == pytest.approx(foretold[k] / foretold[0], rel=0.03)
     assert freezer.flops_saved() == pytest.approx(saving(foretold, (2, 4, 6, 8), 8), rel=0.03)
@@ -341,7 +343,9 @@ def test_an_equinox_model_trains() -> None:
 
     layers = ("blocks.0", "blocks.1", ["blocks.2.linear", "blocks.2.scale"], "head")
     freezer = FreezeOut(
-        *(loss_fn, optax.adamw(1e-2), jax_loop.TOTAL), layers=layers, schedule=Schedule(0.4, "linear")
+        *(loss_fn, optax.adamw(1e-2), jax_loop.TOTAL),
+        layers=layers,
+        schedule=Schedule(0.4, "linear"),
     )
     state, losses = freezer.init(params), []
     for step in range(jax_loop.TOTAL):
@@ -416,7 +420,7 @@ def test_a_frozen_norm_uses_its_stored_statistics() -> None:
     stats = {name: {"mean": jnp.full(8, 0.5)} for name in jax_loop.LAYERS}
     state = freezer.init(jax_loop.params(), stats, step=1)
     x, y = jax_loop.batch(0)
-    out = x
+    out = jnp.asarray(x)
     for name in jax_loop.LAYERS[:3]:
         out = jnp.tanh(out @ state.params[name]["w"] + state.params[name]["b"] - 0.5)
     out = out @ state.params["last"]["w"] + state.params["last"]["b"]
@@ -455,7 +459,8 @@ def process(*arguments: object, **variables: str) -> subprocess.CompletedProcess
 def test_a_killed_run_ends_with_the_bits_of_one_that_was_not(tmp_path: Path) -> None:
     file = tmp_path / "state.npz"
     script = Path(jax_loop.__file__)
-    start = "import runpy, sys; sys.modules['torch'] = None; runpy.run_path(sys.argv[1], None, '__main__')"
+    start = "import runpy, sys; sys.modules['torch'] = None; del sys.argv[0]"
+    start += "; runpy.run_path(sys.argv[0], None, '__main__')"
     killed = process("-c", start, script, file, 17)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     freezer = jax_loop.new_freezer()
@@ -557,7 +562,7 @@ def test_what_is_given_is_checked() -> None:
 def test_the_run_s_length_and_other_states_are_refused() -> None:
     freezer = jax_loop.new_freezer()
     state = freezer.init(jax_loop.params())
-    with pytest.raises(FreezeOutError, match="not compiled yet"):
+    with pytest.raises(FreezeOutError, match="0 layers frozen is not compiled yet"):
         freezer.flops_saved()
     with pytest.raises(CheckpointError, match="at step 20 3 layers are frozen"):
         freezer.step(state._replace(step=20), *jax_loop.batch(0))
