@@ -1,7 +1,7 @@
 # make demo   train with and without FreezeOut on real data, and show error and time
 # make test   lint, types and tests
 # Both do all their own set-up, in .venv.
-# make test-keras   the Keras adapter on TensorFlow, in .venv-keras, and on PyTorch, in .venv
+# make test-keras   the Keras adapter on TensorFlow (in .venv-keras), JAX and PyTorch
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -20,8 +20,9 @@ test: .venv/dev
 # Without the package's own dependency, torch: the adapter must not need it.
 test-keras: .venv/dev .venv-keras/done
 	KERAS_BACKEND=tensorflow TF_CPP_MIN_LOG_LEVEL=2 PYTHONPATH=. .venv-keras/bin/python \
-		-m pytest --noconftest tests/integration/test_keras.py
-	KERAS_BACKEND=torch $(BIN)/python -m pytest tests/integration/test_keras.py
+		-m pytest --confcutdir tests/integration -m "slow or not slow" tests/integration/test_keras.py
+	for backend in jax torch; do KERAS_BACKEND=$$backend $(BIN)/python \
+		-m pytest -m "slow or not slow" tests/integration/test_keras.py || exit 1; done
 
 .venv-keras/done: tests/requirements-keras.txt
 	$(PYTHON) -m venv .venv-keras

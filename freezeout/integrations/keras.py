@@ -294,8 +294,11 @@ def _found(model: Any, given: Sequence[Any] | None) -> list[list[Any]]:
             groups[-1].append(unit)
     else:
         groups = [_named(model, entry) for entry in given]
-        units = [unit for group in groups for unit in group]
-        places = {id(unit): i for i, unit in enumerate(_in_order(model, units))}
+        try:
+            in_order = _in_order(model, [unit for group in groups for unit in group])
+        except InvalidValue:
+            in_order = []  # what cannot be read is taken as given
+        places = {id(unit): i for i, unit in enumerate(in_order)}
         runs = [[places[id(unit)] for unit in group if id(unit) in places] for group in groups]
         for i, (one, other) in enumerate(pairwise(runs)):
             if max(one, default=-1) > min(other, default=len(places)):
@@ -364,8 +367,8 @@ def _in_order(model: Any, units: Sequence[Any]) -> list[Any]:
         _Pass(model).compute_output_spec(_inputs(model))
     except Exception as error:
         raise InvalidValue(
-            f"cannot tell in which order the layers of {model.name!r} run, as a symbolic pass "
-            f"failed: {error}"
+            f"give layers=[...], in order of execution: a symbolic pass of {model.name!r}, which "
+            f"would tell it, failed: {error}"
         ) from error
     finally:
         for unit, call in zip(units, before, strict=True):

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,31 @@ class Watch(keras.callbacks.Callback):  # type: ignore[misc]
         self.after.append(self.state())
 
 
+@dataclass
+class Whole:
+    """A run that nothing interrupted."""
+
+    model: Any
+    attributes: set[str]  # of the optimizer, before
+    watch: Watch
+    folder: Path  # a checkpoint an epoch
+
+    def same(self, model: Any) -> bool:
+        mine, theirs = self.model, model
+        return values(mine.variables) == values(theirs.variables) and values(
+            mine.optimizer.variables
+        ) == values(theirs.optimizer.variables)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Whole:
+    folder, model, watch = tmp_path_factory.mktemp("whole"), new_model(), Watch()
+    attributes = {*vars(model.optimizer)}
+    checkpoint = keras.callbacks.ModelCheckpoint(folder / "{epoch}.keras")
+    fit(model, FreezeOutCallback(schedule=SCHEDULE), checkpoint, watch)
+    return Whole(model, attributes, watch, folder)
+
+
 OPTIMIZERS: dict[str, Callable[[], Any]] = {
     "momentum": lambda: keras.optimizers.SGD(0.01, momentum=0.9, nesterov=True, weight_decay=0.1),
     "adamw": lambda: keras.optimizers.AdamW(3e-3, weight_decay=0.1, global_clipnorm=1.0),
@@ -71,7 +97,12 @@ OPTIMIZERS: dict[str, Callable[[], Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+# What compiles much and adds little is left to `make test-keras`, which runs all on each backend.
+slow = pytest.mark.slow
+MOST = [n if n in ("momentum", "adamw") else pytest.param(n, marks=slow) for n in OPTIMIZERS]
+
+
+@pytest.mark.parametrize("name", MOST)
 def test_frozen_variables_are_at_rest_and_slots_are_carried_over(name: str) -> None:
     model, watch = new_model(OPTIMIZERS[name]()), Watch()
     freezer = FreezeOutCallback(schedule=SCHEDULE)
@@ -100,6 +131,7 @@ def test_frozen_variables_are_at_rest_and_slots_are_carried_over(name: str) -> N
     assert slots
 
 
+@slow
 def test_gradients_are_accumulated() -> None:
     model, watch = new_model(keras.optimizers.Adam(3e-3, gradient_accumulation_steps=2)), Watch()
     freezer = FreezeOutCallback(schedule=SCHEDULE)
@@ -138,7 +170,7 @@ def test_weights_are_those_of_updates_made_by_hand() -> None:
     np.testing.assert_allclose(np.ravel(model.get_weights()), w, rtol=0, atol=1e-6)
 
 
-def test_norms_and_dropout_are_in_inference_mode_once_frozen() -> None:
+def test_norms_and_dropout_are_in_inference_mode_once_frozen(whole: Whole) -> None:
     x = np.random.default_rng(1).normal(size=(16, 4)).astype(np.float32)
 
     def differs(name: str) -> Callable[[Any], bool]:
@@ -150,13 +182,13 @@ def test_norms_and_dropout_are_in_inference_mode_once_frozen() -> None:
         return whether
 
     model, watch = new_model(dropout=0.5), Watch(differs("dropout"))
-    fit(model, FreezeOutCallback(schedule=SCHEDULE), watch)
+    fit(model, FreezeOutCallback(schedule=Schedule(times=(0.2, 1, 1, 1))), watch)
     assert watch.seen == [(step < ENDS[0],) for step in range(EPOCHS * STEPS)]
-    model = new_model()
-    statistics = Watch(lambda model: values(model.get_layer("norm").non_trainable_variables))
-    fit(model, FreezeOutCallback(schedule=SCHEDULE), statistics)
-    moved = [a != b for a, b in zip(statistics.seen, statistics.seen[1:], strict=False)]
-    assert moved == [step < ENDS[0] for step in range(EPOCHS * STEPS - 1)]
+    steps = list(zip(whole.watch.before, whole.watch.after, strict=True))
+    for i, variable in enumerate(whole.model.variables):
+        if "moving" in variable.path:
+            end = ENDS["norm_2" in variable.path]
+            assert [a[i] != b[i] for a, b in steps] == [s < end for s in range(len(steps))]
 
 
 class Counting(kl.Dense):  # type: ignore[misc]
@@ -185,15 +217,12 @@ def test_there_is_one_graph_a_stage(freeze_every: int, stages: int) -> None:
 # --- what is left when fit ends -------------------------------------------------------------
 
 
-def test_the_model_and_the_optimizer_are_given_back() -> None:
-    model = new_model()
-    attributes = {*vars(model.optimizer)}
-    fit(model, FreezeOutCallback(schedule=SCHEDULE))
-    assert len(model.trainable_variables) == 12
+def test_the_model_and_the_optimizer_are_given_back(whole: Whole) -> None:
     built = {"_momentums", "_velocities", "_exclude_from_weight_decay_cache"}
-    assert {*vars(model.optimizer)} - built <= attributes
-    assert all("call" not in vars(layer) for layer in model.layers)
-    assert all(layer.trainable for layer in model.layers)
+    assert {*vars(whole.model.optimizer)} - built <= whole.attributes
+    assert len(whole.model.trainable_variables) == 12
+    assert all("call" not in vars(layer) for layer in whole.model.layers)
+    assert all(layer.trainable for layer in whole.model.layers)
 
 
 def test_a_second_fit_traces_anew() -> None:
@@ -203,9 +232,10 @@ def test_a_second_fit_traces_anew() -> None:
         model = new_model(keras.optimizers.SGD(0.01))
         if first:
             start = model.get_weights()
-            fit(model, FreezeOutCallback(schedule=Schedule(0.9, "linear", scale_lr=False)))
+            other = Schedule(times=(0.9, 0.9, 1, 1), scale_lr=False)
+            fit(model, FreezeOutCallback(schedule=other))
             model.set_weights(start)
-        fit(model, FreezeOutCallback(schedule=SCHEDULE))
+        fit(model, FreezeOutCallback(schedule=Schedule(times=(0.4, 0.4, 1, 1))))
         middle = model.get_weights()
         fit(model, epochs=1)
         return [*middle, *model.get_weights()]
@@ -224,21 +254,26 @@ class Interrupt(keras.callbacks.Callback):  # type: ignore[misc]
             raise KeyboardInterrupt
 
 
-def test_an_interrupted_fit_is_released_by_the_next(tmp_path: Path) -> None:
-    expected = new_model()
-    fit(expected, FreezeOutCallback(schedule=SCHEDULE))
+def test_an_interrupted_fit_is_released_by_the_next(whole: Whole) -> None:
     model = new_model()
     freezer = FreezeOutCallback(schedule=SCHEDULE)
     with pytest.raises(KeyboardInterrupt):
         fit(model, freezer, Interrupt(4))
     assert len(model.trainable_variables) == 4
     fit(model, FreezeOutCallback(schedule=SCHEDULE), initial_epoch=4)
-    assert values(model.variables) == values(expected.variables)
+    assert whole.same(model)
     assert len(model.trainable_variables) == 12
+
+
+def test_an_interrupted_fit_can_be_released_by_hand() -> None:
+    model = new_model()
+    freezer = FreezeOutCallback(schedule=Schedule(times=(0.1, 1, 1, 1)))
     with pytest.raises(KeyboardInterrupt):
-        fit(model, freezer, Interrupt(4))
+        fit(model, freezer, Interrupt(1))
+    assert len(model.trainable_variables) == 8
     freezer.release()
     assert len(model.trainable_variables) == 12
+    assert "update_step" not in vars(model.optimizer)
 
 
 # --- checkpoints ----------------------------------------------------------------------------
@@ -250,7 +285,7 @@ def process(*arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
 
 
-def test_a_killed_run_ends_with_the_bits_of_one_that_was_not(tmp_path: Path) -> None:
+def test_a_killed_run_ends_with_the_bits_of_one_that_was_not(whole: Whole, tmp_path: Path) -> None:
     """By Keras' BackupAndRestore, which saves when an epoch ends: killed in the fifth, in which
     a layer has frozen already that had not when the epoch began."""
     script = keras_loop.__file__
@@ -258,9 +293,7 @@ def test_a_killed_run_ends_with_the_bits_of_one_that_was_not(tmp_path: Path) -> 
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     resumed = process(script, tmp_path)
     assert resumed.returncode == 0, resumed.stderr
-    model = new_model()
-    fit(model, FreezeOutCallback(schedule=SCHEDULE))
-    every = model.variables + model.optimizer.variables
+    every = whole.model.variables + whole.model.optimizer.variables
     with np.load(tmp_path / "final.npz") as final:
         different = [
             v.path
@@ -270,32 +303,28 @@ def test_a_killed_run_ends_with_the_bits_of_one_that_was_not(tmp_path: Path) -> 
     assert not different
 
 
-def test_a_model_saved_in_the_middle_is_whole_and_goes_on(tmp_path: Path) -> None:
-    file = tmp_path / "{epoch}.keras"
-    expected = new_model()
-    fit(expected, FreezeOutCallback(schedule=SCHEDULE), keras.callbacks.ModelCheckpoint(file))
-    model = keras.models.load_model(tmp_path / "4.keras")
+def test_a_model_saved_in_the_middle_is_whole_and_goes_on(whole: Whole) -> None:
+    model = keras.models.load_model(whole.folder / "4.keras")
     assert int(model.optimizer.iterations.numpy()) == 4 * STEPS
     assert len(model.trainable_variables) == 12
     freezer = FreezeOutCallback(schedule=SCHEDULE)
     history = fit(model, freezer, initial_epoch=4)
     assert history.history["num_frozen"] == [3, 3]
-    assert values(model.variables) == values(expected.variables)
-    assert values(model.optimizer.variables) == values(expected.optimizer.variables)
+    assert whole.same(model)
 
 
 def test_an_optimizer_that_has_made_steps_before_starts_at_zero() -> None:
-    expected, model = new_model(keras.optimizers.SGD(0.01)), new_model(keras.optimizers.SGD(0.01))
-    model.optimizer._iterations.assign(1000)
-    for each in (expected, model):
-        fit(each, FreezeOutCallback(schedule=SCHEDULE))
-    assert values(model.variables) == values(expected.variables)
+    schedule = Schedule(times=(0.4, 0.4, 1, 1))
+    models = [new_model(keras.optimizers.SGD(0.01)) for _ in range(2)]
+    models[1].optimizer._iterations.assign(1000)
+    for model in models:
+        fit(model, FreezeOutCallback(schedule=schedule))
+    assert values(models[0].variables) == values(models[1].variables)
 
 
+@slow
 @pytest.mark.parametrize("option", ["steps_per_execution", "run_eagerly"])
 def test_other_ways_of_running(option: str) -> None:
-    if (option, BACKEND) == ("run_eagerly", "jax"):
-        pytest.skip("slow, and no other code of ours")
     if (option, BACKEND) == ("steps_per_execution", "torch"):
         pytest.skip("PyTorch has no steps_per_execution")
     model = new_model(**{option: 5 if option == "steps_per_execution" else True})
@@ -398,6 +427,17 @@ def test_layers_can_be_given() -> None:
         names(model, ["two", "one", "three", "four"])
     with pytest.raises(InvalidType, match="must hold Keras layers or their names, got 3"):
         names(model, [3])
+
+
+@slow
+def test_mixed_bfloat16() -> None:
+    keras.config.set_dtype_policy("mixed_bfloat16")
+    try:
+        model, watch = new_model(), Watch()
+    finally:
+        keras.config.set_dtype_policy("float32")
+    fit(model, FreezeOutCallback(schedule=SCHEDULE), watch)
+    assert watch.before[ENDS[0]][:2] == watch.after[-1][:2] != watch.before[ENDS[0] - 1][:2]
 
 
 # --- mistakes -------------------------------------------------------------------------------
