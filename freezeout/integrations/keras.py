@@ -193,6 +193,8 @@ class FreezeOutCallback(keras.callbacks.Callback):  # type: ignore[misc]
         runs, where the optimizer uses it: in a variable's update, and in its weight decay."""
         model = self.model
         optimizer = model.optimizer
+        if not optimizer.built:  # TensorFlow's would be in the first step, for what is then trained
+            optimizer.build(model.trainable_variables)
         self._variables = _variables(model, self.layers)
         layer_of = {
             optimizer._var_key(variable): i
