@@ -67,7 +67,7 @@ def load(freezer: FreezeOut, file: Path) -> TrainState:
 
 def run(freezer: FreezeOut, state: TrainState, file: Path | None = None, kill_at: int = 0) -> Any:
     while state.step < TOTAL:
-        state, _ = freezer.step(state, *batch(state.step))
+        state, _ = freezer.step(state, *batch(int(state.step)))  # an array, when loaded
         if file is not None:
             save(state, file)
         if state.step == kill_at:
