@@ -86,6 +86,10 @@ class FreezeOutCallback(keras.callbacks.Callback):  # type: ignore[misc]
                 f"total_steps must be at least the {epochs * steps // every} steps of "
                 f"{epochs} epochs, got {self._total}"
             )
+        if not self.model.built:  # TensorFlow's `fit` would build it in the first step
+            raise InvalidValue(
+                f"the model {self.model.name!r} must be built before fit: call it on a batch once"
+            )
         self.layers = _found(self.model, self._given_layers)
         self.freeze_steps = self.schedule.freeze_steps(
             len(self.layers), self._total, self.freeze_every

@@ -425,6 +425,10 @@ def test_a_subclassed_model_trains_in_the_order_in_which_it_runs() -> None:
     model = Subclassed()
     model.compile("adam", loss="mse")
     x = np.random.default_rng(0).normal(size=(40, 4)).astype(np.float32)
+    if BACKEND == "tensorflow":
+        with pytest.raises(InvalidValue, match="must be built before fit"):
+            model.fit(x, x[:, :1], verbose=0, callbacks=[FreezeOutCallback()])
+    model(x[:1])
     watch = Watch(lambda model: [len(b.trainable_variables) for b in (model.stem, *model.blocks)])
     freezer = FreezeOutCallback(schedule=Schedule(times=(0.25, 0.5, 0.75, 1)))
     model.fit(x, x[:, :1], batch_size=8, epochs=4, verbose=0, callbacks=[freezer, watch])
