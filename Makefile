@@ -1,11 +1,12 @@
 # make demo   train with and without FreezeOut on real data, and show error and time
 # make test   lint, types and tests
 # Both do all their own set-up, in .venv.
+# make test-keras   the Keras adapter on TensorFlow (in .venv-keras), JAX and PyTorch
 
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test clean
+.PHONY: demo test test-keras clean
 
 demo: .venv/lab
 	$(BIN)/python -m freezeout.lab.demo
@@ -15,6 +16,18 @@ test: .venv/dev
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/python -m pytest
+
+# Without the package's own dependency, torch: the adapter must not need it.
+test-keras: .venv/dev .venv-keras/done
+	KERAS_BACKEND=tensorflow TF_CPP_MIN_LOG_LEVEL=2 PYTHONPATH=. .venv-keras/bin/python \
+		-m pytest --confcutdir tests/integration -m "slow or not slow" tests/integration/test_keras.py
+	for backend in jax torch; do KERAS_BACKEND=$$backend $(BIN)/python \
+		-m pytest -m "slow or not slow" tests/integration/test_keras.py || exit 1; done
+
+.venv-keras/done: tests/requirements-keras.txt
+	$(PYTHON) -m venv .venv-keras
+	.venv-keras/bin/python -m pip install --quiet -r tests/requirements-keras.txt
+	touch $@
 
 .venv/lab: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -29,4 +42,4 @@ test: .venv/dev
 	touch $@
 
 clean:
-	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv .venv-keras build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

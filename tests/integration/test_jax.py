@@ -1,0 +1,582 @@
+"""FreezeOut in JAX: frozen leaves at rest, one graph a stage, the FLOPs that were foretold, the
+paper's own weights, and resuming."""
+
+import logging
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import torch
+from torch import nn
+
+from freezeout import FreezeOut as TorchFreezeOut
+from freezeout import Schedule
+from freezeout.cost import saving
+from freezeout.errors import (
+    CheckpointError,
+    FreezeOutError,
+    InvalidType,
+    InvalidValue,
+    LayerOrderError,
+)
+from freezeout.integrations.jax import FreezeOut, TrainState, learning_rates
+from tests import reference
+from tests.integration import jax_loop
+
+ROOT = Path(__file__).parents[2]
+SCHEDULES = [
+    Schedule(),
+    Schedule(0.5, "linear", scale_lr=False),
+    Schedule(0.3, "squared"),
+    Schedule(1),
+    Schedule(times=(0.2, 0.2, 0.7, 1)),
+]
+
+
+def bits(tree: Any) -> list[bytes]:
+    return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(tree)]
+
+
+def leaves(tree: Any) -> list[tuple[Any, Any]]:
+    return jax.tree_util.tree_leaves_with_path(tree)
+
+
+def new_freezer(optimizer: optax.GradientTransformation, **changes: Any) -> FreezeOut:
+    """Freezes layer 0 at step 6, and 1 and 2 together at step 12, of 24."""
+    options: dict[str, Any] = {"layers": jax_loop.LAYERS, "compile_ahead": False}
+    options["schedule"] = Schedule(times=(0.25, 0.5, 0.5, 1))
+    return FreezeOut(jax_loop.loss_fn, optimizer, jax_loop.TOTAL, **(options | changes))
+
+
+def trained(freezer: FreezeOut, state: TrainState, steps: int) -> TrainState:
+    for _ in range(steps):
+        state, _ = freezer.step(state, *jax_loop.batch(state.step))
+    return state
+
+
+# --- learning rates -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
+@pytest.mark.parametrize("freeze_every", [1, 7])
+def test_learning_rates_are_the_torch_core_s(schedule: Schedule, freeze_every: int) -> None:
+    base, total = 0.1, 60
+    model = nn.Sequential(*(nn.Linear(2, 2) for _ in range(4)))
+    optimizer = torch.optim.SGD(model.parameters(), lr=base)
+    core = TorchFreezeOut(
+        *(model, optimizer, total), schedule=schedule, layers=[*model], freeze_every=freeze_every
+    )
+    schedules = learning_rates(base, 4, total, schedule, freeze_every)
+    traced = jax.jit(lambda step: [rate(step) for rate in schedules])
+    freezer = jax_loop.new_freezer(schedule=schedule, freeze_every=freeze_every)
+    freezer.total_steps = total
+    freezer.init(jax_loop.params())
+    for step in range(total):
+        expected = core.learning_rates
+        np.testing.assert_allclose(traced(step), expected, rtol=0, atol=1e-7)
+        assert tuple(base * each for each in freezer.factors(step)) == expected
+        assert freezer.num_frozen(step) == core.num_frozen
+        optimizer.step()
+        core.step()
+
+
+def test_a_learning_rate_of_its_own_schedule_is_multiplied() -> None:
+    warm = optax.linear_schedule(0.0, 1.0, 10)
+    rates = [rate(5) for rate in learning_rates(warm, 2, 20, Schedule(0.5, "linear"))]
+    assert [float(rate) for rate in rates] == pytest.approx([0.5 * 1.0, 0.5 * 0.8535534], abs=1e-7)
+
+
+# --- what a step does -----------------------------------------------------------------------
+
+OPTIMIZERS: dict[str, Callable[[], optax.GradientTransformation]] = {
+    "momentum": lambda: optax.sgd(0.05, momentum=0.9, nesterov=True),
+    "decay": lambda: optax.chain(optax.add_decayed_weights(0.1), optax.sgd(0.05, momentum=0.9)),
+    "adamw": lambda: optax.adamw(1e-2, weight_decay=0.1),
+    "clipped": lambda: optax.chain(optax.clip_by_global_norm(0.1), optax.adam(1e-2)),
+    "accumulated": lambda: optax.MultiSteps(optax.adamw(1e-2, weight_decay=0.1), 3),
+    "injected": lambda: optax.inject_hyperparams(optax.adamw)(learning_rate=1e-2),
+    "masked": lambda: optax.adamw(1e-2, weight_decay=0.1, mask=is_matrix(jax_loop.params())),
+    "divided": lambda: optax.partition(
+        {"matrix": optax.adamw(1e-2), "vector": optax.sgd(1e-2, momentum=0.9)},
+        lambda params: jax.tree.map(lambda m: "matrix" if m else "vector", is_matrix(params)),
+    ),
+}
+
+
+def is_matrix(params: Any) -> Any:
+    return jax.tree.map(lambda leaf: leaf.ndim == 2, params)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_frozen_leaves_are_at_rest_and_the_other_layers_state_is_carried_over(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    freezer = new_freezer(OPTIMIZERS[name]())
+    state = freezer.init(jax_loop.params())
+    prune = freezer._pruned
+
+    def watched(state: TrainState, k: int) -> Any:
+        pruned = prune(state, k)
+        before = dict(leaves(state.opt_state))
+        assert all(bits(before[path]) == bits(leaf) for path, leaf in leaves(pruned))
+        gone = before.keys() - dict(leaves(pruned)).keys()
+        assert gone
+        assert not any(
+            f"['{layer}']" in str(path) for path in gone for layer in jax_loop.LAYERS[k:]
+        )
+        return pruned
+
+    monkeypatch.setattr(freezer, "_pruned", watched)
+    for step in range(jax_loop.TOTAL):
+        k = 0 if step < 6 else 1 if step < 12 else 3
+        assert freezer.num_frozen(step) == k
+        following, _ = freezer.step(state, *jax_loop.batch(step))
+        for i, layer in enumerate(jax_loop.LAYERS):
+            moved = bits(following.params[layer]) != bits(state.params[layer])
+            assert moved == (i >= k and (name != "accumulated" or step % 3 == 2)), (step, layer)
+        held = " ".join(jax.tree_util.keystr(path) for path, _ in leaves(following.opt_state))
+        gone = freezer.num_frozen(step + 1)
+        assert [f"['{layer}']" in held for layer in jax_loop.LAYERS] == [
+            i >= gone for i in range(4)
+        ]
+        state = following
+    assert sorted(freezer.compiled) == [0, 1, 3]
+
+
+def test_weights_are_those_of_the_paper_written_out() -> None:
+    """SGD, Nesterov momentum, weight decay; tanh layers. float32 in two libraries: their matrix
+    products round differently, by about 1e-7 a step, hence the tolerance."""
+    torch.manual_seed(0)
+    total, width = 40, 8
+    modules: list[Any] = [nn.Sequential(nn.Linear(width, width), nn.Tanh()) for _ in range(4)]
+    params = [
+        {"w": each[0].weight.detach().numpy().T.copy(), "b": each[0].bias.detach().numpy().copy()}
+        for each in modules
+    ]
+    batches = [jax_loop.batch(step) for step in range(total)]
+    schedule = Schedule(0.4, "linear")
+    optimizer = optax.chain(
+        optax.add_decayed_weights(0.01), optax.sgd(0.1, momentum=0.9, nesterov=True)
+    )
+
+    def loss_fn(params: Any, x: jax.Array, y: jax.Array) -> jax.Array:
+        for layer in params:
+            x = jnp.tanh(x @ layer["w"] + layer["b"])
+        return jnp.mean((x - y) ** 2)
+
+    freezer = FreezeOut(loss_fn, optimizer, total, schedule=schedule)
+    state = freezer.init(params)
+    for batch in batches:
+        state, _ = freezer.step(state, *batch)
+    reference.train(
+        modules,
+        nn.functional.mse_loss,
+        [(torch.from_numpy(x), torch.from_numpy(y.copy())) for x, y in batches],
+        schedule.freeze_steps(4, total),
+        *(0.1, True, 0.9, 0.01),
+    )
+    for layer, module in zip(state.params, modules, strict=True):
+        np.testing.assert_allclose(layer["w"].T, module[0].weight.detach(), rtol=0, atol=1e-5)
+        np.testing.assert_allclose(layer["b"], module[0].bias.detach(), rtol=0, atol=1e-5)
+
+
+# --- graphs ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def compilations(caplog: pytest.LogCaptureFixture) -> Iterator[Callable[[], int]]:
+    """How often XLA has compiled a train step, as JAX itself logs it."""
+    config: Any = jax.config
+    config.update("jax_log_compiles", True)  # in all threads, unlike jax.log_compiles()
+    with caplog.at_level(logging.WARNING):
+        yield lambda: sum(
+            "Finished XLA compilation of jit(_update)" in record.getMessage()
+            for record in caplog.records
+        )
+    config.update("jax_log_compiles", False)
+
+
+@pytest.mark.parametrize(
+    ("ahead", "freeze_every", "stages"),
+    [(True, 1, (0, 1, 2, 3)), (True, 8, (0, 2)), (False, 1, (0, 1, 2, 3))],
+)
+def test_there_is_one_compilation_a_stage(
+    ahead: bool, freeze_every: int, stages: tuple[int, ...], compilations: Callable[[], int]
+) -> None:
+    freezer = jax_loop.new_freezer(freeze_every=freeze_every, compile_ahead=ahead)
+    state = freezer.init(jax_loop.params())
+    state, _ = freezer.step(state, *jax_loop.batch(0))
+    for future in freezer._graphs.values():
+        future.result()
+    assert compilations() == (2 if ahead else 1)  # the next is there before it is needed
+    trained(freezer, state, jax_loop.TOTAL - 1)
+    assert freezer.stages == stages
+    assert compilations() == len(stages)
+    assert tuple(sorted(freezer.compiled)) == stages
+
+
+def test_compiling_ahead_changes_no_bit() -> None:
+    results = []
+    for ahead in (True, False):
+        freezer = jax_loop.new_freezer(compile_ahead=ahead)
+        results.append(bits(jax_loop.run(freezer, freezer.init(jax_loop.params()))))
+    assert results[0] == results[1]
+
+
+def test_another_batch_shape_gets_graphs_of_its_own(compilations: Callable[[], int]) -> None:
+    freezer = jax_loop.new_freezer(compile_ahead=False)
+    state = freezer.init(jax_loop.params())
+    for step in (0, 1, 2, 3):
+        x, y = jax_loop.batch(step)
+        keep = 16 if step % 2 else 5
+        state, _ = freezer.step(state, x[:keep], y[:keep])
+    assert compilations() == 2
+
+
+def dense(w: jax.Array, x: jax.Array) -> jax.Array:
+    return x @ w
+
+
+def conv(w: jax.Array, x: jax.Array) -> jax.Array:
+    dimensions = ("NHWC", "HWIO", "NHWC")
+    return jax.lax.conv_general_dilated(x, w, (1, 1), "SAME", dimension_numbers=dimensions)
+
+
+def flops(function: Callable[..., Any], *inputs: Any) -> float:
+    """XLA's count of one function alone, as it is written: nothing is fused or left out."""
+    counted: Any = jax.jit(function).lower(*inputs).cost_analysis()
+    return float(counted["flops"])
+
+
+@pytest.mark.parametrize("kind", ["mlp", "cnn"])
+def test_flops_of_the_compiled_step_fall_as_foretold(kind: str) -> None:
+    """Foretold from each layer alone: its product forward, its two products backward, its update.
+    What remains is elementwise and small beside the products, hence the 3 %."""
+    key = jax.random.key(0)
+    product, widths = (dense, (96, 128, 128, 64, 96)) if kind == "mlp" else (conv, (4, 8, 12, 8))
+    kernel, image = ((), ()) if kind == "mlp" else ((3, 3), (8, 8))
+    params = [
+        {"w": jax.random.normal(key, (*kernel, *pair)) / 10, "b": jnp.zeros(pair[1])}
+        for pair in pairwise(widths)
+    ]
+    x = jax.random.normal(key, (32, *image, widths[0]))
+    y = jnp.zeros((32, *image, widths[-1]))
+
+    def loss_fn(params: Any, x: jax.Array, y: jax.Array) -> jax.Array:
+        for layer in params:
+            x = jax.nn.relu(product(layer["w"], x) + layer["b"])
+        return jnp.mean((x - y) ** 2)
+
+    optimizer = optax.adamw(1e-3)
+    n = len(params)
+    times = tuple((i + 1) / n for i in range(n))
+    freezer = FreezeOut(loss_fn, optimizer, n, schedule=Schedule(times=times))
+    state = freezer.init(params)
+    for _ in range(n):
+        state, _ = freezer.step(state, x, y)
+
+    forward: list[float] = []
+    to_weights: list[float] = []
+    to_inputs: list[float] = []
+    update: list[float] = []
+    for layer in params:
+        w, out = layer["w"], product(layer["w"], x)
+        forward.append(flops(product, w, x))
+        for costs, of, fixed in ((to_weights, w, x), (to_inputs, x, w)):
+            one = partial(product, fixed) if of is x else partial(_turned(product), fixed)
+            transpose = jax.linear_transpose(one, of)  # a product's backward pass is its transpose
+            costs.append(flops(transpose, out))
+        update.append(flops(optimizer.update, layer, optimizer.init(layer), layer))
+        x = out
+    foretold = [
+        sum(forward) + sum(to_weights[k:] + update[k:]) + sum(to_inputs[k + 1 :]) for k in range(n)
+    ]
+    counted = [freezer.flops(k) for k in range(n)]
+    for k in range(1, n):
+        assert counted[k] / counted[0] == pytest.approx(foretold[k] / foretold[0], rel=0.03)
+    assert freezer.flops_saved() == pytest.approx(saving(foretold, range(1, n + 1), n), rel=0.03)
+
+
+def _turned(product: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+    return lambda x, w: product(w, x)
+
+
+# --- trees, states and types ----------------------------------------------------------------
+
+
+class Block(eqx.Module):
+    linear: eqx.nn.Linear
+    scale: jax.Array
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return jnp.tanh(self.linear(x)) * self.scale
+
+
+class Network(eqx.Module):
+    blocks: tuple[Block, ...]
+    head: eqx.nn.Linear
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x)
+
+
+def test_an_equinox_model_trains() -> None:
+    keys = jax.random.split(jax.random.key(0), 4)
+    blocks = tuple(Block(eqx.nn.Linear(8, 8, key=key), jnp.ones(8)) for key in keys[:3])
+    model = Network(blocks, eqx.nn.Linear(8, 8, key=keys[3]))
+    params, static = eqx.partition(model, eqx.is_inexact_array)
+
+    def loss_fn(params: Network, x: jax.Array, y: jax.Array) -> jax.Array:
+        return jnp.mean((jax.vmap(eqx.combine(params, static))(x) - y) ** 2)
+
+    layers = ("blocks.0", "blocks.1", ["blocks.2.linear", "blocks.2.scale"], "head")
+    freezer = FreezeOut(
+        *(loss_fn, optax.adamw(1e-2), jax_loop.TOTAL),
+        layers=layers,
+        schedule=Schedule(0.4, "linear"),
+    )
+    state, losses = freezer.init(params), []
+    for step in range(jax_loop.TOTAL):
+        previous = state
+        state, loss = freezer.step(state, *jax_loop.batch(step))
+        k = freezer.num_frozen(step)
+        assert bits(state.params.blocks[:k]) == bits(previous.params.blocks[:k])
+        assert bits(state.params.blocks[k:]) != bits(previous.params.blocks[k:]) or k == 3
+        losses.append(float(loss))
+    assert losses[-1] < 0.8 * losses[0]
+    assert bits(params) == bits(freezer.init(params).params)  # the user's own are not changed
+
+
+def normalize(x: jax.Array, state: Any, training: bool) -> tuple[jax.Array, Any]:
+    """BatchNorm without scale and shift."""
+    if training:
+        mean, state = x.mean(0), {"mean": 0.9 * state["mean"] + 0.1 * x.mean(0)}
+    else:
+        mean = state["mean"]
+    return x - mean, state
+
+
+def with_norms(heedless: bool) -> Callable[..., Any]:
+    """A loss with BatchNorm's means as its state; heedless of which layers are frozen, or not."""
+
+    def loss_fn(params: Any, stats: Any, x: jax.Array, y: jax.Array, *, num_frozen: int) -> Any:
+        new = {}
+        for i, name in enumerate(jax_loop.LAYERS):
+            x = x @ params[name]["w"] + params[name]["b"]
+            x, new[name] = normalize(x, stats[name], heedless or i >= num_frozen)
+            x = jnp.tanh(x)
+        return jnp.mean((x - y) ** 2), new
+
+    return loss_fn
+
+
+@pytest.mark.parametrize(("heedless", "collection"), [(False, False), (True, True)])
+def test_statistics_of_frozen_layers_do_not_move(heedless: bool, collection: bool) -> None:
+    inner = with_norms(heedless)
+
+    def loss_fn(params: Any, state: Any, *batch: Any, num_frozen: int) -> Any:
+        stats = state["batch_stats"] if collection else state
+        loss, new = inner(params, stats, *batch, num_frozen=num_frozen)
+        return loss, ({"batch_stats": new} if collection else new, {"frozen": num_frozen})
+
+    freezer = FreezeOut(
+        *(loss_fn, optax.adam(1e-2), jax_loop.TOTAL),
+        layers=jax_loop.LAYERS,
+        schedule=Schedule(times=(0.25, 0.5, 0.5, 1)),
+        has_aux=True,
+    )
+    stats: Any = {name: {"mean": np.ones(8, np.float32)} for name in jax_loop.LAYERS}
+    stats = {"batch_stats": stats} if collection else stats
+    state = freezer.init(jax_loop.params(), stats)
+    for step in range(jax_loop.TOTAL):
+        previous = state
+        state, (_, aux) = freezer.step(state, *jax_loop.batch(step))
+        old, new = previous.model_state, state.model_state
+        old, new = (old["batch_stats"], new["batch_stats"]) if collection else (old, new)
+        k = freezer.num_frozen(step)
+        assert int(aux["frozen"]) == k
+        moved = [bits(old[name]) != bits(new[name]) for name in jax_loop.LAYERS]
+        assert moved == [i >= k for i in range(4)]
+
+
+def test_a_frozen_norm_uses_its_stored_statistics() -> None:
+    freezer = FreezeOut(
+        *(with_norms(False), optax.sgd(0.0), 4),
+        layers=jax_loop.LAYERS,
+        schedule=Schedule(times=(0.25, 0.25, 0.25, 1)),
+    )
+    stats = {name: {"mean": jnp.full(8, 0.5)} for name in jax_loop.LAYERS}
+    state = freezer.init(jax_loop.params(), stats, step=1)
+    x, y = jax_loop.batch(0)
+    out = jnp.asarray(x)
+    for name in jax_loop.LAYERS[:3]:
+        out = jnp.tanh(out @ state.params[name]["w"] + state.params[name]["b"] - 0.5)
+    out = out @ state.params["last"]["w"] + state.params["last"]["b"]
+    expected = jnp.mean((jnp.tanh(out - out.mean(0)) - y) ** 2)
+    assert float(freezer.step(state, x, y)[1]) == pytest.approx(float(expected), rel=1e-6)
+
+
+def test_bfloat16_stays_bfloat16() -> None:
+    params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), jax_loop.params())
+    freezer = jax_loop.new_freezer()
+    state = trained(freezer, freezer.init(params), jax_loop.TOTAL)
+    assert {leaf.dtype for leaf in jax.tree.leaves(state.params)} == {jnp.dtype("bfloat16")}
+
+
+def test_donated_states_are_overwritten_and_others_are_not() -> None:
+    results = []
+    for donate in (True, False):
+        freezer = jax_loop.new_freezer(donate=donate)
+        given = jax_loop.params()
+        first = freezer.init(given)
+        results.append(bits(jax_loop.run(freezer, first)))
+        assert all(leaf.is_deleted() == donate for leaf in jax.tree.leaves(first.params))
+        assert bits(given) == bits(jax_loop.params())
+    assert results[0] == results[1]
+
+
+# --- resuming -------------------------------------------------------------------------------
+
+
+def process(*arguments: object, **variables: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), **variables}
+    command = [sys.executable, "-W", "error", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
+
+
+def test_a_killed_run_ends_with_the_bits_of_one_that_was_not(tmp_path: Path) -> None:
+    file = tmp_path / "state.npz"
+    script = Path(jax_loop.__file__)
+    start = "import runpy, sys; sys.modules['torch'] = None; del sys.argv[0]"
+    start += "; runpy.run_path(sys.argv[0], None, '__main__')"
+    killed = process("-c", start, script, file, 17)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    freezer = jax_loop.new_freezer()
+    state = jax_loop.load(freezer, file)
+    assert (state.step, freezer.num_frozen(state.step)) == (17, 2)
+    resumed = jax_loop.run(freezer, state)
+    assert sorted(freezer.compiled) == [2, 3]
+    whole = jax_loop.new_freezer()
+    assert bits(resumed) == bits(jax_loop.run(whole, whole.init(jax_loop.params())))
+
+
+_TWO_DEVICES = """
+import jax, numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+from tests.integration.jax_loop import batch, new_freezer, params
+mesh = jax.make_mesh((2,), ("data",))
+everywhere = NamedSharding(mesh, PartitionSpec())
+halves = NamedSharding(mesh, PartitionSpec("data"))
+runs = []
+for place in (lambda x, how: x, jax.device_put):
+    freezer = new_freezer()
+    state = place(freezer.init(params()), everywhere)
+    state = state._replace(step=0)
+    for step in range(freezer.total_steps):
+        state, loss = freezer.step(state, *place(batch(step), halves))
+    runs.append(state.params)
+print(len(runs[1]["last"]["w"].sharding.device_set), sorted(freezer.compiled))
+difference = jax.tree.map(lambda a, b: abs(np.asarray(a) - np.asarray(b)).max(), *runs)
+assert max(jax.tree.leaves(difference)) < 1e-5, difference  # sums of halves round differently
+"""
+
+
+def test_batches_divided_among_two_devices() -> None:
+    result = process("-c", _TWO_DEVICES, XLA_FLAGS="--xla_force_host_platform_device_count=2")
+    assert result.stdout == "2 [0, 1, 2, 3]\n", result.stderr
+
+
+# --- mistakes -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("layers", "pair"),
+    [
+        (("second", "first", "third", "last"), ("second", "first")),
+        (("first", "last", "third", "second"), ("third", "second")),
+        ((["first", "third"], "second", "last"), ("first, third", "second")),
+    ],
+)
+def test_another_order_than_that_of_execution_is_refused(layers: Any, pair: Any) -> None:
+    freezer = jax_loop.new_freezer(layers=layers)
+    message = f"layer '{pair[0]}' works on what layer '{pair[1]}' returned"
+    with pytest.raises(LayerOrderError, match=message):
+        trained(freezer, freezer.init(jax_loop.params()), 1)
+
+
+def test_the_order_is_read_through_loops_branches_and_checkpoints() -> None:
+    def loss_fn(params: Any, x: jax.Array) -> jax.Array:
+        first, second, third = params
+        x, _ = jax.lax.scan(lambda x, _: (jnp.tanh(x @ first.T), None), x, None, length=3)
+        x = jax.checkpoint(lambda x, w: jnp.tanh(x @ w))(x, second.astype(jnp.bfloat16))
+        x = jax.lax.cond(x.sum() > 0, lambda x: x @ third, lambda x: x - third[0], x)
+        penalty = sum(jnp.sum(w**2) for w in params)  # touches all, after all: no matter
+        return jnp.mean(x**2) + 1e-3 * penalty
+
+    weights = [jnp.eye(4) + i / 10 for i in range(3)]
+    x = jnp.ones((2, 4))
+    freezer = FreezeOut(loss_fn, optax.adam(1e-3), 9)
+    freezer.step(freezer.init(weights), x)
+    for wrong in ([1, 0, 2], [0, 2, 1]):
+        freezer = FreezeOut(loss_fn, optax.adam(1e-3), 9, layers=wrong)
+        with pytest.raises(LayerOrderError):
+            freezer.step(freezer.init(weights), x)
+
+
+def test_what_is_given_is_checked() -> None:
+    params = jax_loop.params()
+    with pytest.raises(InvalidValue, match=r"params\.last\.b must belong to one .* got none"):
+        jax_loop.new_freezer(layers=jax_loop.LAYERS[:3]).init(params)
+    with pytest.raises(InvalidValue, match=r"got 'first' and 'first\.w, second, third, last'"):
+        jax_loop.new_freezer(layers=["first", ["first.w", *jax_loop.LAYERS[1:]]]).init(params)
+    with pytest.raises(InvalidValue, match=r"layer 'fifth' has no parameters"):
+        jax_loop.new_freezer(layers=[*jax_loop.LAYERS, "fifth"]).init(params)
+    with pytest.raises(InvalidType, match=r"layers must be given for parameters in a dict"):
+        jax_loop.new_freezer(layers=None).init(params)
+    with pytest.raises(InvalidValue, match=r"params\.0 must be an array of floating-point .* int"):
+        jax_loop.new_freezer(layers=None).init([jnp.ones(2, int)])
+    with pytest.raises(InvalidValue, match=r"params\.0 .* got .*, pass equinox"):
+        jax_loop.new_freezer(layers=None).init([jax.nn.relu])
+    with pytest.raises(InvalidType, match="schedule must be a Schedule, got str"):
+        jax_loop.new_freezer(schedule="cubic")
+    with pytest.raises(InvalidType, match="loss_fn must take num_frozen"):
+        jax_loop.new_freezer().init(params, {"mean": jnp.ones(2)})
+    with pytest.raises(FreezeOutError, match="init"):
+        jax_loop.new_freezer().num_frozen(3)
+    with pytest.raises(InvalidValue, match=r"state \[0\]\.mu cannot be divided among layers"):
+        new_freezer(optax.flatten(optax.adam(1e-3))).init(params)
+
+
+def test_the_run_s_length_and_other_states_are_refused() -> None:
+    freezer = jax_loop.new_freezer()
+    state = freezer.init(jax_loop.params())
+    with pytest.raises(FreezeOutError, match="0 layers frozen is not compiled yet"):
+        freezer.flops_saved()
+    with pytest.raises(CheckpointError, match="at step 20 3 layers are frozen"):
+        freezer.step(state._replace(step=20), *jax_loop.batch(0))
+    with pytest.raises(FreezeOutError, match="total_steps = 24"):
+        freezer.step(state._replace(step=24), *jax_loop.batch(0))
+
+
+def test_a_changed_model_state_is_refused() -> None:
+    def loss_fn(params: Any, state: Any, x: Any, y: Any, num_frozen: int) -> Any:
+        return jax_loop.loss_fn(params, x, y), {"other": x}
+
+    freezer = FreezeOut(loss_fn, optax.sgd(0.1), 9, layers=jax_loop.LAYERS)
+    state = freezer.init(jax_loop.params(), {"first": jnp.ones(2)})
+    with pytest.raises(InvalidValue, match="was given a model state"):
+        freezer.step(state, *jax_loop.batch(0))

@@ -1,0 +1,516 @@
+"""FreezeOut in Keras: frozen variables at rest, the optimizer's slots carried along, learning
+rates by hand, checkpoints, and models of every kind.
+
+Runs on the backend that KERAS_BACKEND names, JAX where it names none. Nothing here needs torch,
+nor imports a test module that does: `make test-keras` runs it on TensorFlow, without torch.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("KERAS_BACKEND", "jax")
+sys.path.insert(0, str(Path(__file__).parent))
+
+import keras
+import keras_loop
+import numpy as np
+import pytest
+from keras import layers as kl
+from keras_loop import BATCH, ENDS, EPOCHS, SCHEDULE, STEPS, data, fit, new_model
+
+from freezeout import Schedule
+from freezeout.errors import FreezeOutError, InvalidType, InvalidValue, LayerOrderError
+from freezeout.integrations.keras import FreezeOutCallback
+
+# Raised inside Keras, which asks numpy for an array of a variable of its own.
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+BACKEND = keras.config.backend()
+ROOT = Path(__file__).parents[2]
+
+
+def values(variables: Any) -> list[bytes]:
+    return [np.asarray(v.numpy()).tobytes() for v in variables]
+
+
+class Watch(keras.callbacks.Callback):  # type: ignore[misc]
+    """All variables before and after each update, and whatever else is asked."""
+
+    def __init__(self, *others: Callable[[Any], Any]) -> None:
+        super().__init__()
+        self.before: list[list[bytes]] = []
+        self.after: list[list[bytes]] = []
+        self.seen: list[tuple[Any, ...]] = []
+        self.others = others
+
+    def state(self) -> list[bytes]:
+        return values(self.model.variables + self.model.optimizer.variables)
+
+    def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
+        self.before.append(self.state())
+        self.seen.append(tuple(other(self.model) for other in self.others))
+
+    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+        self.after.append(self.state())
+
+
+@dataclass
+class Whole:
+    """A run that nothing interrupted."""
+
+    model: Any
+    attributes: set[str]  # of the optimizer, before
+    watch: Watch
+    folder: Path  # a checkpoint an epoch
+
+    def same(self, model: Any) -> bool:
+        mine, theirs = self.model, model
+        return values(mine.variables) == values(theirs.variables) and values(
+            mine.optimizer.variables
+        ) == values(theirs.optimizer.variables)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Whole:
+    folder, model, watch = tmp_path_factory.mktemp("whole"), new_model(), Watch()
+    attributes = {*vars(model.optimizer)}
+    checkpoint = keras.callbacks.ModelCheckpoint(folder / "{epoch}.keras")
+    fit(model, FreezeOutCallback(schedule=SCHEDULE), checkpoint, watch)
+    return Whole(model, attributes, watch, folder)
+
+
+OPTIMIZERS: dict[str, Callable[[], Any]] = {
+    "momentum": lambda: keras.optimizers.SGD(0.01, momentum=0.9, nesterov=True, weight_decay=0.1),
+    "adamw": lambda: keras.optimizers.AdamW(3e-3, weight_decay=0.1, global_clipnorm=1.0),
+    "ema": lambda: keras.optimizers.Adam(
+        3e-3, use_ema=True, ema_momentum=0.9, ema_overwrite_frequency=4
+    ),
+    "nadam": lambda: keras.optimizers.Nadam(3e-3),
+    "decay": lambda: keras.optimizers.AdamW(
+        keras.optimizers.schedules.ExponentialDecay(3e-3, 10, 0.9), weight_decay=0.1
+    ),
+}
+
+
+# What compiles much and adds little is left to `make test-keras`, which runs all on each backend.
+slow = pytest.mark.slow
+MOST = [n if n in ("momentum", "adamw") else pytest.param(n, marks=slow) for n in OPTIMIZERS]
+
+
+@pytest.mark.parametrize("name", MOST)
+def test_frozen_variables_are_at_rest_and_slots_are_carried_over(name: str) -> None:
+    model, watch = new_model(OPTIMIZERS[name]()), Watch()
+    freezer = FreezeOutCallback(schedule=SCHEDULE)
+    history = fit(model, freezer, watch)
+    assert freezer.freeze_steps == ENDS
+    assert history.history["num_frozen"] == [0, 1, 2, 2, 3, 3]
+    # Between updates, where layers freeze and train functions are built, nothing changes at all:
+    # not a slot either. (Between epochs, metrics start afresh; they are not among these.)
+    for end, begin in zip(watch.after[:-1], watch.before[1:], strict=True):
+        assert end == begin
+    groups = enumerate(freezer.layers)
+    layer_of = {
+        v.path.replace("/", "_"): i for i, group in groups for u in group for v in u.variables
+    }
+    every = model.variables + model.optimizer.variables
+    slots = 0
+    for step, (before, after) in enumerate(zip(watch.before, watch.after, strict=True)):
+        k = sum(end <= step for end in ENDS[:-1])
+        for variable, old, new in zip(every, before, after, strict=True):
+            path = variable.path.replace("/", "_")
+            # A slot's name is the variable's and more: "adam/sequential_one_kernel_momentum".
+            layer = next((i for name, i in layer_of.items() if name in path), len(ENDS))
+            slots += path not in layer_of and layer < k
+            assert new == old or layer >= k, (step, path)
+            assert new != old or not path.endswith("kernel") or layer < k, (step, path)
+    assert slots
+
+
+@slow
+def test_gradients_are_accumulated() -> None:
+    model, watch = new_model(keras.optimizers.Adam(3e-3, gradient_accumulation_steps=2)), Watch()
+    freezer = FreezeOutCallback(schedule=SCHEDULE)
+    fit(model, freezer, watch)
+    assert freezer.freeze_steps == (3, 6, 12, 15)
+    kernels = [i for i, v in enumerate(model.variables) if v.path.endswith("kernel")]
+    for batch, (before, after) in enumerate(zip(watch.before, watch.after, strict=True)):
+        k = sum(2 * end <= batch for end in (3, 6, 12))
+        moved = [before[i] != after[i] for i in kernels]
+        assert moved == [layer >= k and batch % 2 == 1 for layer in range(4)], batch
+
+
+def test_weights_are_those_of_updates_made_by_hand() -> None:
+    """Three layers of one weight each, SGD with momentum and decoupled weight decay, as Keras
+    defines them, and eq. 1. Tolerance: float32 against float64, over 40 updates."""
+    total, alpha, momentum, decay = 40, 0.02, 0.9, 0.05
+    ends = (10, 25, 40)
+    model = keras.Sequential([kl.Input((1,)), *(kl.Dense(1, use_bias=False) for _ in range(3))])
+    model.set_weights([np.full((1, 1), w) for w in (0.9, 1.1, 0.8)])
+    optimizer = keras.optimizers.SGD(alpha, momentum=momentum, weight_decay=decay)
+    model.compile(optimizer, loss="mse")
+    x = np.random.default_rng(0).normal(size=(total, 1)).astype(np.float32)
+    freezer = FreezeOutCallback(schedule=Schedule(times=(0.25, 0.625, 1)))
+    model.fit(x, -x, batch_size=1, shuffle=False, verbose=0, callbacks=[freezer])
+
+    w, velocity = np.array([0.9, 1.1, 0.8]), np.zeros(3)
+    for step, sample in enumerate(x[:, 0].astype(float)):
+        gradient = 2 * (w.prod() * sample + sample) * sample * w.prod() / w
+        for i, end in enumerate(ends):
+            if step < end:
+                rate = 0.5 * alpha * total / end * (1 + np.cos(np.pi * step / end))
+                assert freezer.learning_rates(step)[i] == pytest.approx(rate, rel=1e-6)
+                w[i] -= w[i] * decay * rate
+                velocity[i] = momentum * velocity[i] - rate * gradient[i]
+                w[i] += velocity[i]
+    np.testing.assert_allclose(np.ravel(model.get_weights()), w, rtol=0, atol=1e-6)
+
+
+def test_norms_and_dropout_are_in_inference_mode_once_frozen(whole: Whole) -> None:
+    x = np.random.default_rng(1).normal(size=(16, 4)).astype(np.float32)
+
+    def differs(name: str) -> Callable[[Any], bool]:
+        def whether(model: Any) -> bool:
+            layer = model.get_layer(name)
+            out, steady = np.asarray(layer(x, training=True)), np.asarray(layer(x, training=False))
+            return not np.array_equal(out, steady)
+
+        return whether
+
+    model, watch = new_model(dropout=0.5), Watch(differs("dropout"))
+    fit(model, FreezeOutCallback(schedule=Schedule(times=(0.2, 1, 1, 1))), watch)
+    assert watch.seen == [(step < ENDS[0],) for step in range(EPOCHS * STEPS)]
+    steps = list(zip(whole.watch.before, whole.watch.after, strict=True))
+    for i, variable in enumerate(whole.model.variables):
+        if "moving" in variable.path:
+            end = ENDS["norm_2" in variable.path]
+            assert [a[i] != b[i] for a, b in steps] == [s < end for s in range(len(steps))]
+
+
+class Counting(kl.Dense):  # type: ignore[misc]
+    """Counts how often it is traced."""
+
+    traced = 0
+
+    def call(self, inputs: Any) -> Any:
+        type(self).traced += 1
+        return super().call(inputs)
+
+
+class Tracing(keras.callbacks.Callback):  # type: ignore[misc]
+    """The steps in which the model was traced."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.steps: list[int] = []
+        self.step = 0
+
+    def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
+        self.traced = Counting.traced
+
+    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+        if Counting.traced != self.traced:
+            self.steps.append(self.step)
+        self.step += 1
+
+
+@pytest.mark.skipif(BACKEND == "torch", reason="runs eagerly: there are no graphs")
+@pytest.mark.parametrize(("freeze_every", "stages"), [(1, [0, 9, 20]), (15, [0, 15])])
+def test_there_is_one_graph_a_stage(freeze_every: int, stages: list[int]) -> None:
+    model = keras.Sequential([kl.Input((4,)), Counting(4), Counting(4), kl.Dense(1)])
+    model.compile("adam", loss="mse")
+    freezer, watch = (
+        FreezeOutCallback(schedule=Schedule(0.3, "linear"), freeze_every=freeze_every),
+        Tracing(),
+    )
+    x, y = np.ones((80, 4)), np.ones(80)
+    model.fit(x, y, batch_size=8, epochs=3, verbose=0, callbacks=[freezer, watch])
+    assert watch.steps == stages
+
+
+# --- what is left when fit ends -------------------------------------------------------------
+
+
+def test_the_model_and_the_optimizer_are_given_back(whole: Whole) -> None:
+    built = {"_momentums", "_velocities", "_exclude_from_weight_decay_cache"}
+    assert {*vars(whole.model.optimizer)} - built <= whole.attributes
+    assert len(whole.model.trainable_variables) == 12
+    assert all("call" not in vars(layer) for layer in whole.model.layers)
+    assert all(layer.trainable for layer in whole.model.layers)
+
+
+def test_a_second_fit_traces_anew() -> None:
+    """Another schedule, and none: each must have a train function of its own."""
+
+    def weights(first: bool) -> list[Any]:
+        model = new_model(keras.optimizers.SGD(0.01))
+        if first:
+            start = model.get_weights()
+            other = Schedule(times=(0.9, 0.9, 1, 1), scale_lr=False)
+            fit(model, FreezeOutCallback(schedule=other))
+            model.set_weights(start)
+        fit(model, FreezeOutCallback(schedule=Schedule(times=(0.4, 0.4, 1, 1))))
+        middle = model.get_weights()
+        fit(model, epochs=1)
+        return [*middle, *model.get_weights()]
+
+    for one, other in zip(weights(False), weights(True), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+class Interrupt(keras.callbacks.Callback):  # type: ignore[misc]
+    def __init__(self, epoch: int) -> None:
+        super().__init__()
+        self.epoch = epoch
+
+    def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
+        if epoch == self.epoch:
+            raise KeyboardInterrupt
+
+
+def test_an_interrupted_fit_is_released_by_the_next(whole: Whole) -> None:
+    model = new_model()
+    freezer = FreezeOutCallback(schedule=SCHEDULE)
+    with pytest.raises(KeyboardInterrupt):
+        fit(model, freezer, Interrupt(4))
+    assert len(model.trainable_variables) == 4
+    fit(model, FreezeOutCallback(schedule=SCHEDULE), initial_epoch=4)
+    assert whole.same(model)
+    assert len(model.trainable_variables) == 12
+
+
+def test_an_interrupted_fit_can_be_released_by_hand() -> None:
+    model = new_model()
+    freezer = FreezeOutCallback(schedule=Schedule(times=(0.1, 1, 1, 1)))
+    with pytest.raises(KeyboardInterrupt):
+        fit(model, freezer, Interrupt(1))
+    assert len(model.trainable_variables) == 8
+    freezer.release()
+    assert len(model.trainable_variables) == 12
+    assert "update_step" not in vars(model.optimizer)
+
+
+# --- checkpoints ----------------------------------------------------------------------------
+
+
+def process(*arguments: object) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "KERAS_BACKEND": BACKEND}
+    command = [sys.executable, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
+
+
+def test_a_killed_run_ends_with_the_bits_of_one_that_was_not(whole: Whole, tmp_path: Path) -> None:
+    """By Keras' BackupAndRestore, which saves when an epoch ends: killed in the fifth, in which
+    a layer has frozen already that had not when the epoch began."""
+    script = keras_loop.__file__
+    killed = process(script, tmp_path, 4 * STEPS + 4)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    resumed = process(script, tmp_path)
+    assert resumed.returncode == 0, resumed.stderr
+    every = whole.model.variables + whole.model.optimizer.variables
+    with np.load(tmp_path / "final.npz") as final:
+        different = [
+            v.path
+            for v, name in zip(every, final.files, strict=True)
+            if not np.array_equal(v.numpy(), final[name])
+        ]
+    assert not different
+
+
+def test_a_model_saved_in_the_middle_is_whole_and_goes_on(whole: Whole) -> None:
+    model = keras.models.load_model(whole.folder / "4.keras")
+    assert int(model.optimizer.iterations.numpy()) == 4 * STEPS
+    assert len(model.trainable_variables) == 12
+    freezer = FreezeOutCallback(schedule=SCHEDULE)
+    history = fit(model, freezer, initial_epoch=4)
+    assert history.history["num_frozen"] == [3, 3]
+    assert whole.same(model)
+
+
+@slow
+def test_an_optimizer_that_has_made_steps_before_starts_at_zero() -> None:
+    schedule = Schedule(times=(0.4, 0.4, 1, 1))
+    models = [new_model(keras.optimizers.SGD(0.01)) for _ in range(2)]
+    models[1].optimizer._iterations.assign(1000)
+    for model in models:
+        fit(model, FreezeOutCallback(schedule=schedule))
+    assert values(models[0].variables) == values(models[1].variables)
+
+
+@slow
+@pytest.mark.parametrize("option", ["steps_per_execution", "run_eagerly"])
+def test_other_ways_of_running(option: str) -> None:
+    if (option, BACKEND) == ("steps_per_execution", "torch"):
+        pytest.skip("PyTorch has no steps_per_execution")
+    model = new_model(**{option: 5 if option == "steps_per_execution" else True})
+    watch = Watch(lambda model: sum(not v.trainable for v in model.get_layer("one").variables))
+    freezer = FreezeOutCallback(schedule=Schedule(times=(0.34, 1, 1, 1)), total_steps=30)
+    fit(model, freezer, watch, epochs=3)
+    # A layer that should freeze after 11 steps of five at a time freezes after 15.
+    frozen = {"steps_per_execution": [0, 0, 0], "run_eagerly": [0] * 11 + [2] * 4}[option]
+    assert [seen for (seen,) in watch.seen] == frozen
+    assert freezer.num_frozen == (option == "run_eagerly")
+
+
+# --- which layers ---------------------------------------------------------------------------
+
+
+def names(model: Any, layers: Any = None) -> list[str]:
+    """The layers with variables, by the groups that freeze together."""
+    model.compile("sgd", loss="mse")
+    freezer = FreezeOutCallback(layers=layers)
+    freezer.set_params({"epochs": 3, "steps": 3})
+    freezer.set_model(model)
+    freezer.on_train_begin()
+    return [" ".join(u.name for u in group if u.variables) for group in freezer.layers]
+
+
+def test_a_functional_model_is_in_the_order_of_its_graph() -> None:
+    last = kl.Dense(4, name="last")  # made first
+    shared = kl.Dense(4, name="shared")
+    inputs = kl.Input((4,))
+    left = kl.BatchNormalization(name="norm")(kl.Dense(4, name="left")(inputs))
+    right = kl.Dense(4, name="right")(shared(inputs))
+    both = shared(kl.Add()([left, right]))  # used twice: its place is that of its last use
+    model = keras.Model(inputs, last(both))
+    found = names(model)
+    assert {*found[:2]} == {"left norm", "right"}
+    assert found[2:] == ["shared", "last"]
+
+
+def test_models_inside_models_are_taken_apart() -> None:
+    inner = keras.Sequential([kl.Input((4,)), kl.Dense(4, name="a"), kl.Dense(4, name="b")])
+    inputs = kl.Input((4,))
+    middle = keras.Model(inputs, kl.Dense(3, name="d")(inner(kl.Dense(4, name="c")(inputs))))
+    model = keras.Sequential([kl.Input((4,)), middle, kl.Dense(2, name="e")])
+    assert names(model) == ["c", "a", "b", "d", "e"]
+
+
+class Block(kl.Layer):  # type: ignore[misc]
+    """A composite layer that is no model: it freezes as one."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name=name)
+        self.first, self.norm, self.second = kl.Dense(4), kl.BatchNormalization(), kl.Dense(4)
+
+    def build(self, shape: Any) -> None:
+        for layer in (self.first, self.norm, self.second):
+            layer.build(shape)
+
+    def call(self, inputs: Any, training: bool = False) -> Any:
+        return inputs + self.second(self.norm(self.first(inputs), training=training))
+
+
+class Subclassed(keras.Model):  # type: ignore[misc]
+    """Defined in another order than it runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = kl.Dense(1, name="head")
+        self.blocks = [Block("block_0"), Block("block_1")]
+        self.stem = kl.Dense(4, name="stem")
+
+    def call(self, inputs: Any, training: bool = False) -> Any:
+        x = self.stem(inputs)
+        for block in self.blocks:
+            x = block(x, training=training)
+        return self.head(x)
+
+
+def test_a_subclassed_model_trains_in_the_order_in_which_it_runs() -> None:
+    model = Subclassed()
+    model.compile("adam", loss="mse")
+    x = np.random.default_rng(0).normal(size=(40, 4)).astype(np.float32)
+    if BACKEND == "tensorflow":
+        with pytest.raises(InvalidValue, match="must be built before fit"):
+            model.fit(x, x[:, :1], verbose=0, callbacks=[FreezeOutCallback()])
+    model(x[:1])
+    watch = Watch(lambda model: [len(b.trainable_variables) for b in (model.stem, *model.blocks)])
+    freezer = FreezeOutCallback(schedule=Schedule(times=(0.25, 0.5, 0.75, 1)))
+    model.fit(x, x[:, :1], batch_size=8, epochs=4, verbose=0, callbacks=[freezer, watch])
+    found = [[unit.name for unit in group] for group in freezer.layers]
+    assert found == [["stem"], ["block_0"], ["block_1"], ["head"]]
+    expected = [[2 * (s < 5), 6 * (s < 10), 6 * (s < 15)] for s in range(20)]
+    assert [seen for (seen,) in watch.seen] == expected
+    norm = next(i for i, v in enumerate(model.variables) if "moving_mean" in v.path)
+    moved = [a[norm] != b[norm] for a, b in zip(watch.before, watch.after, strict=True)]
+    assert moved == [s < 10 for s in range(20)]
+
+
+def test_layers_can_be_given() -> None:
+    model = new_model()
+    assert names(model, [["one", "norm"], model.get_layer("two"), ["three", "four"]]) == [
+        *("one norm", "two", "three four")
+    ]
+    with pytest.raises(LayerOrderError, match="layer 'two' runs after 'one', and must come after"):
+        names(model, ["two", "one", "three", "four"])
+    with pytest.raises(InvalidType, match="must hold Keras layers or their names, got 3"):
+        names(model, [3])
+
+
+@slow
+def test_mixed_bfloat16() -> None:
+    keras.config.set_dtype_policy("mixed_bfloat16")
+    try:
+        model, watch = new_model(), Watch()
+    finally:
+        keras.config.set_dtype_policy("float32")
+    fit(model, FreezeOutCallback(schedule=SCHEDULE), watch)
+    assert watch.before[ENDS[0]][:2] == watch.after[-1][:2] != watch.before[ENDS[0] - 1][:2]
+
+
+# --- mistakes -------------------------------------------------------------------------------
+
+
+def test_what_is_given_is_checked() -> None:
+    with pytest.raises(InvalidValue, match="total_steps must be at least 1"):
+        FreezeOutCallback(0)
+    with pytest.raises(InvalidType, match="schedule must be a Schedule, got float"):
+        FreezeOutCallback(schedule=0.8)  # type: ignore[arg-type]
+    with pytest.raises(InvalidValue, match="total_steps must be at least the 30 steps of 6 epochs"):
+        fit(new_model(), FreezeOutCallback(20))
+    with pytest.raises(InvalidValue, match="times has 2 entries for 4 layers"):
+        fit(new_model(), FreezeOutCallback(schedule=Schedule(times=(0.5, 1))))
+    optimizer = keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD())
+    with pytest.raises(InvalidType, match="LossScaleOptimizer"):
+        fit(new_model(optimizer), FreezeOutCallback())
+    frozen = new_model()
+    frozen.trainable = False
+    with pytest.raises(InvalidValue, match="no trainable variables"):
+        fit(frozen, FreezeOutCallback())
+
+
+@pytest.mark.filterwarnings("ignore:Your input ran out of data")  # which is how its end is seen
+def test_batches_of_unknown_number_need_total_steps() -> None:
+    def batches() -> Any:
+        x, y = data()
+        for start in range(0, len(x), BATCH):
+            yield x[start : start + BATCH], y[start : start + BATCH]
+
+    with pytest.raises(InvalidValue, match="total_steps must be given"):
+        new_model().fit(batches(), verbose=0, shuffle=False, callbacks=[FreezeOutCallback()])
+    freezer = FreezeOutCallback(STEPS, schedule=Schedule(0.3, "linear"))
+    new_model().fit(batches(), verbose=0, shuffle=False, callbacks=[freezer])
+    assert freezer.num_frozen == 3
+    with pytest.raises(FreezeOutError, match="total_steps = 3 steps"):
+        new_model().fit(batches(), verbose=0, shuffle=False, callbacks=[FreezeOutCallback(3)])
+
+
+@pytest.mark.skipif(BACKEND == "torch", reason="this backend is torch")
+def test_torch_is_not_needed() -> None:
+    code = """
+import sys
+class NoTorch:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "torch":
+            raise ModuleNotFoundError(name, name="torch")
+sys.meta_path.insert(0, NoTorch())
+import keras, freezeout.integrations.keras
+print(keras.config.backend(), "torch" in sys.modules)
+"""
+    result = process("-c", code)
+    assert result.stdout == f"{BACKEND} False\n", result.stderr
