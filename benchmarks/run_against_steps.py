@@ -35,9 +35,9 @@ def main() -> None:
     ratios = []
     with tempfile.TemporaryDirectory() as home:
         for i in range(args.rounds):
-            before = job.predict(10_000).step_costs
+            before = job.step_costs()
             folder = train(replace(CONFIG, out=Path(home) / str(i)))
-            after = job.predict(10_000).step_costs
+            after = job.step_costs()
             costs = [(a + b) / 2 for a, b in zip(before, after, strict=True)]
             predicted = run_cost(costs, CONFIG.schedule.freeze_steps(len(costs), total), total)
             rows = [json.loads(line) for line in (folder / METRICS).read_text().splitlines()]

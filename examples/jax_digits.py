@@ -6,6 +6,7 @@ python examples/jax_digits.py
 
 import time
 from itertools import pairwise
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,7 @@ from freezeout.integrations.jax import FreezeOut
 EPOCHS, BATCH, WIDTHS, CLASSES = 10, 64, (16, 32, 32, 64), 10
 
 
-def new_params(key):
+def new_params(key: jax.Array) -> list[dict[str, jax.Array]]:
     """A list of layers: convolutions, and the classifier."""
     shapes = [(3, 3, *pair) for pair in pairwise((1, *WIDTHS))] + [(4 * 4 * WIDTHS[-1], CLASSES)]
     kernel = jax.nn.initializers.he_normal()
@@ -28,7 +29,7 @@ def new_params(key):
     ]
 
 
-def logits(params, x):  # x: (batch, 8, 8, 1)
+def logits(params: Any, x: Any) -> Any:  # x: (batch, 8, 8, 1)
     for i, layer in enumerate(params[:-1]):
         stride = (2, 2) if i == 2 else (1, 1)
         x = jax.lax.conv_general_dilated(
@@ -38,11 +39,11 @@ def logits(params, x):  # x: (batch, 8, 8, 1)
     return x.reshape(len(x), -1) @ params[-1]["kernel"] + params[-1]["bias"]
 
 
-def loss_fn(params, x, y):
+def loss_fn(params: Any, x: jax.Array, y: jax.Array) -> Any:
     return optax.softmax_cross_entropy_with_integer_labels(logits(params, x), y).mean()
 
 
-def main():
+def main() -> None:
     images, labels = load_digits(return_X_y=True)
     images = images.reshape(-1, 8, 8, 1).astype(np.float32) / 16
     train, test = slice(0, 1408), slice(1408, None)

@@ -15,7 +15,7 @@ from freezeout.integrations.keras import FreezeOutCallback
 EPOCHS, BATCH = 10, 64
 
 
-def new_model():
+def new_model() -> keras.Model:
     model = keras.Sequential([layers.Input((8, 8, 1))])
     for width, stride in ((16, 1), (32, 1), (32, 2), (64, 1)):
         model.add(layers.Conv2D(width, 3, stride, padding="same", use_bias=False))
@@ -26,7 +26,7 @@ def new_model():
     return model
 
 
-def main():
+def main() -> None:
     images, labels = load_digits(return_X_y=True)
     images = images.reshape(-1, 8, 8, 1).astype("float32") / 16
     x, y, test_x, test_y = images[:1408], labels[:1408], images[1408:], labels[1408:]

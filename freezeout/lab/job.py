@@ -127,7 +127,14 @@ class Job:
 
     def predict(self, total_steps: int) -> Prediction:
         """What a step costs at each depth: measured, if that is short beside the run or decides
-        its length; counted otherwise. On a copy of the model, with the run's own data."""
+        its length; counted otherwise."""
+        if self.config.const_time or total_steps >= _LONG:
+            return Prediction("measured", tuple(self.step_costs()))
+        return Prediction("counted", tuple(self.step_costs(measured=False)))
+
+    def step_costs(self, measured: bool = True) -> list[float]:
+        """Seconds of one training step at each depth, or its FLOPs of a few images; on a copy of
+        the model, with the run's own data."""
         scratch = deepcopy(self.model).train()
         optimizer = self.optimizer(scratch)
         freezer = self.freezer(scratch, optimizer, total_steps=1)
@@ -144,12 +151,9 @@ class Job:
             few = (x[:_FEW], y[:_FEW])
             count = count_step(scratch, freezer.layers, lambda: self.loss(scratch, *few)[0])
             flops = count.step_costs()
-            if not self.config.const_time and total_steps < _LONG:
-                return Prediction("counted", tuple(flops))
-            return Prediction(
-                "measured",
-                tuple(measure_step_costs(step, freezer.layers, shape=flops, device=self.device)),
-            )
+            if not measured:
+                return flops
+            return measure_step_costs(step, freezer.layers, shape=flops, device=self.device)
         finally:
             set_random_state(state, self.device)
 
