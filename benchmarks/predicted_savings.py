@@ -5,8 +5,6 @@
 For each of eight networks: estimate, then train two copies, one with FreezeOut and one without,
 five steps of each in turn, so that a machine whose speed drifts slows both. With --target, `t_0`
 is the one that the estimate found for that saving. Claim: saved as predicted, within 5 points.
-(In a run of a hundred steps the freezes themselves, one look at the next forward pass each, cost
-points; in one of thousands they do not.)
 """
 
 import argparse

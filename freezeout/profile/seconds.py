@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from statistics import median
+from statistics import mean, median
 
 import torch
 from torch import nn
@@ -58,7 +58,7 @@ def measure_step_costs(
                 seconds[depth].append(time.perf_counter() - start)
             unfreeze()
     medians = {depth: median(times) for depth, times in seconds.items()}
-    return interpolated(medians, len(layers), shape)
+    return interpolated(falling(medians), len(layers), shape)
 
 
 def measure_prefix_seconds(
@@ -141,6 +141,24 @@ def evenly_spaced(num_layers: int, depths: int) -> list[int]:
     """
     last = num_layers - 1
     return sorted({round(last * i / max(1, depths - 1)) for i in range(depths)})
+
+
+def falling(measured: Mapping[int, float]) -> dict[int, float]:
+    """The nearest values, by their squares, that do not rise with depth: a step with more layers
+    frozen does no more work, so a rise is the machine's noise (isotonic regression, by pooling
+    neighbours that rise).
+
+    >>> falling({0: 4.0, 3: 5.0, 6: 1.0})
+    {0: 4.5, 3: 4.5, 6: 1.0}
+    """
+    pools: list[list[float]] = []
+    for depth in sorted(measured):
+        pools.append([measured[depth]])
+        while len(pools) > 1 and mean(pools[-2]) < mean(pools[-1]):
+            rising = pools.pop()
+            pools[-1] += rising
+    values = (mean(pool) for pool in pools for _ in pool)
+    return dict(zip(sorted(measured), values, strict=True))
 
 
 def interpolated(

@@ -1,11 +1,13 @@
 """Step costs, measured with a clock that goes on when a step is made, and at no other time."""
 
+import doctest
 import time
 from collections.abc import Callable, Sequence
 
 import pytest
 import torch
 
+import freezeout.profile.seconds
 from freezeout import Layer, find_layers
 from freezeout.errors import InvalidValue
 from freezeout.profile import measure_step_costs
@@ -53,6 +55,11 @@ def untouched(layers: Sequence[Layer], training: bool = True) -> bool:
             *(p.requires_grad for layer in layers for p in layer.parameters),
         ]
     )
+
+
+def test_docstring_examples_hold() -> None:
+    result = doctest.testmod(freezeout.profile.seconds)
+    assert (result.failed, result.attempted) == (0, 4)
 
 
 def test_each_depth_of_a_short_network_is_measured(training: Make) -> None:
@@ -107,6 +114,11 @@ def test_the_first_step_at_a_depth_does_not_count(training: Make) -> None:
 
     here = training(4, cost)
     assert measure_step_costs(here.step, here.layers) == pytest.approx([4, 3, 2, 1])
+
+
+def test_a_step_with_more_layers_frozen_does_not_cost_more(training: Make) -> None:
+    here = training(5, lambda depth, number: [9.0, 7.0, 8.0, 3.0, 4.0][depth])
+    assert measure_step_costs(here.step, here.layers) == pytest.approx([9, 7.5, 7.5, 3.5, 3.5])
 
 
 def test_costs_between_two_depths_follow_a_shape(training: Make) -> None:
