@@ -1,0 +1,5 @@
+"""Frozen layers that cost nothing: their last output, kept for each sample and served."""
+
+from .prefix import CacheStats, PrefixCache
+
+__all__ = ["CacheStats", "PrefixCache"]

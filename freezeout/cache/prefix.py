@@ -1,0 +1,542 @@
+"""`PrefixCache`: what the frozen layers computed of each sample, kept and served."""
+
+import time
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..errors import CacheError, FreezeOutError, InvalidType, InvalidValue
+from ..freezer import FreezeOut
+from ..schedule import whole_number
+from .inputs import Batch, check_ids
+from .layout import Layout
+from .placeholders import Placeholders, Unservable, reason_of
+from .plan import Plan, check_plan, close, make_plan, scratch
+from .store import Keys, Store, memory_available
+
+DTYPES = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+}
+_TRIES = 4  # depths tried at one move of the frontier, from the deepest on
+
+
+@dataclass
+class CacheStats:
+    """What the cache has done since it was made, or since the last `take()`.
+
+    Attributes:
+        hits: samples whose stored activation was served as it was.
+        advanced: samples taken on from an earlier depth.
+        misses: samples computed from the input.
+        bypassed: samples of batches that the cache had no part in.
+        read_seconds, write_seconds: spent on the store.
+        check_seconds: spent on plans and on comparing with the real forward pass.
+    """
+
+    hits: int = 0
+    advanced: int = 0
+    misses: int = 0
+    bypassed: int = 0
+    read_seconds: float = 0.0
+    write_seconds: float = 0.0
+    check_seconds: float = 0.0
+
+    def take(self) -> "CacheStats":
+        """A copy, everything here back at zero."""
+        copy = CacheStats(**vars(self))
+        for field in fields(self):
+            setattr(self, field.name, field.default)
+        return copy
+
+
+class PrefixCache:
+    """Keeps what the frozen layers compute of each sample, and serves it in their place.
+
+        cache = PrefixCache(freezer, num_samples=len(dataset))
+        for x, y, ids in batches:
+            criterion(cache(x, ids=ids), y).backward()
+            ...
+            freezer.step()
+
+    `cache(x, ids=ids)` returns what `model(x)` would. Where frozen layers cannot be skipped
+    safely, it calls the model, and a warning says why. Whatever is served has been compared with
+    the real forward pass, in the first batch of each kind at each depth.
+
+    Args:
+        freezer: over the model.
+        num_samples: of the data set; ids are 0 ... num_samples - 1.
+        where: "ram", "device" (the accelerator's memory), or the path of a folder, which is
+            reused by a later process that has the same frozen weights.
+        budget: bytes that activations may take; None: half of the memory, or nine tenths of the
+            disk, that is free. Samples beyond it are computed anew each time.
+        dtype: "fp32", "bf16" or "fp16" for activations in store; None: the type they have.
+        views: different versions of each sample's input, told by `view`.
+        depths: at which depths (numbers of frozen layers) to keep activations. "all"; "auto":
+            where measurements say that it pays; or the depths themselves.
+
+    Raises:
+        InvalidValue, InvalidType: arguments out of range.
+    """
+
+    def __init__(
+        self,
+        freezer: FreezeOut,
+        num_samples: int,
+        *,
+        where: str | Path = "ram",
+        budget: int | None = None,
+        dtype: str | None = None,
+        views: int = 1,
+        depths: str | Iterable[int] = "auto",
+    ) -> None:
+        if not isinstance(freezer, FreezeOut):
+            raise InvalidType(f"freezer must be a FreezeOut, got {type(freezer).__name__}")
+        self.freezer = freezer
+        self.num_samples = whole_number("num_samples", num_samples)
+        self.views = whole_number("views", views)
+        if dtype is not None and dtype not in DTYPES:
+            raise InvalidValue(f"dtype must be None, {', '.join(DTYPES)}, got {dtype!r}")
+        if budget is not None:
+            whole_number("budget", budget)
+        self.dtype = dtype
+        self.stats = CacheStats()
+        self._model = freezer.model
+        self._device = next(self._model.parameters()).device
+        self._depths = _checked_depths(depths, len(freezer.layers))
+        self._placeholders = Placeholders()
+        self._plans: dict[Any, Plan] = {}
+        self._refused: dict[Any, str] = {}
+        self._layouts: dict[int, Layout] = {}
+        self._verified: set[Any] = set()
+        self._told: set[str] = set()
+        self._numerics: Any = None
+        self._versions: tuple[int, int] | None = None
+        self._ready: set[int] = set()  # depths that the store was told of
+        self.off: str | None = None  # why the cache is off for good
+        self._store = self._make_store(where, budget)
+
+    # --- calling ------------------------------------------------------------------------
+
+    def __call__(self, *args: Any, ids: Any, view: Any = 0, **kwargs: Any) -> Any:
+        """The model's output for these arguments.
+
+        Args:
+            ids: the samples' numbers, (batch,); a number stands for the same input each time.
+            view: which version of the samples this is, a number for all or one for each; None:
+                one that will not come again (random augmentation), so nothing is kept of it.
+
+        Raises:
+            InvalidValue, InvalidType: ids or views out of range, or a sample whose input is not
+                what it was.
+            CacheError: a served forward pass failed where earlier ones did not.
+        """
+        numbers = check_ids(ids, self.num_samples)
+        keys = self._keys(numbers, view)
+        if keys is None or self.off is not None or not self.freezer.num_frozen:
+            return self._plain(args, kwargs, len(numbers))
+        batch = Batch(args, kwargs, len(numbers))
+        try:
+            plan = self._plan_for(batch)
+        except Unservable as refusal:
+            self._tell(str(refusal))
+            plan = None
+        if plan is None:
+            return self._plain(args, kwargs, len(numbers))
+        return self._cached(plan, batch, numbers, keys)
+
+    def _plain(self, args: tuple[Any, ...], kwargs: dict[str, Any], samples: int) -> Any:
+        self.stats.bypassed += samples
+        return self._model(*args, **kwargs)
+
+    def _keys(self, numbers: Keys, view: Any) -> Keys | None:
+        if view is None:
+            return None
+        if isinstance(view, Tensor):
+            view = view.detach().cpu().numpy()
+        views = np.asarray(view)
+        if views.dtype.kind not in "iu" or views.shape not in ((), numbers.shape):
+            raise InvalidType("view must be an integer, or one for each sample, or None")
+        if views.min() < 0 or views.max() >= self.views:
+            raise InvalidValue(
+                f"view {views.max() if views.max() >= self.views else views.min()} is out of "
+                f"range: views={self.views} allows 0..{self.views - 1}"
+            )
+        keys: Keys = numbers * self.views + views.astype(np.int64)
+        return keys
+
+    # --- plans --------------------------------------------------------------------------
+
+    def _plan_for(self, batch: Batch) -> Plan | None:
+        """For the deepest frontier that can be served; None if there is none."""
+        frozen = self.freezer.num_frozen
+        self._check_weights(frozen)
+        if not batch.has_rows:
+            raise Unservable("no argument has a row for each id")
+        if batch.left_padded:
+            raise Unservable("attention_mask pads on the left; only padding on the right is served")
+        numerics = self._numerics_of(batch)
+        if self._numerics is None:
+            self._numerics = numerics
+        if numerics != self._numerics:
+            raise Unservable(
+                "the call differs in precision or in options from the first one that was cached"
+            )
+        if self._depths == "auto":
+            self._decide(batch)
+        tries = 0
+        for depth in range(frozen, 0, -1):
+            if not self._is_wanted(depth) or (depth, batch.family) in self._refused:
+                continue
+            if tries == _TRIES:
+                break
+            tries += 1
+            plan = self._plan_at(depth, batch)
+            if plan is not None:
+                return plan
+        return None
+
+    def _is_wanted(self, depth: int) -> bool:
+        return self._depths == "all" or depth in self._depths
+
+    def _plan_at(self, depth: int, batch: Batch) -> Plan | None:
+        """The plan for this kind of batch, made if it has to be; None: refused, and said."""
+        modes = (self._model.training, torch.is_grad_enabled())
+        kind, family = (depth, modes, batch.kind), (depth, modes, batch.family)
+        plan = self._plans.get(kind)
+        if plan is not None and plan.only_size in (None, batch.size):
+            return plan
+        begin = time.perf_counter()
+        sibling = self._plans.get(family)
+        if sibling is not None and sibling.only_size is not None:
+            sibling = None
+        try:
+            plan = make_plan(
+                self._model, self.freezer.layers, depth, batch, self._placeholders, sibling
+            )
+            layout = Layout(plan, batch, DTYPES[self.dtype] if self.dtype else None)
+            known = self._layouts.setdefault(depth, layout)
+            if known.describe() != layout.describe():
+                raise Unservable("what the frozen layers return has another shape than before")
+        except Unservable as refusal:
+            self._refuse(depth, batch, str(refusal))
+            return None
+        finally:
+            self.stats.check_seconds += time.perf_counter() - begin
+        self._plans[kind] = plan
+        if plan.only_size is None:
+            self._plans.setdefault(family, plan)
+        return plan
+
+    def _refuse(self, depth: int, batch: Batch, reason: str) -> None:
+        self._refused[depth, batch.family] = reason
+        self._tell(f"after layer {self.freezer.layers[depth - 1].name!r}: {reason}")
+
+    def _numerics_of(self, batch: Batch) -> Any:
+        """What decides the bits of the frozen layers' results beside weights and inputs."""
+        kind = self._device.type
+        autocast = torch.is_autocast_enabled(kind)
+        return autocast and torch.get_autocast_dtype(kind), batch.family
+
+    def _check_weights(self, frozen: int) -> None:
+        """Frozen weights stand still; if someone changed them, what is stored is of no use."""
+        versions = (
+            frozen,
+            sum(
+                tensor._version
+                for layer in self.freezer.layers[:frozen]
+                for tensor in _tensors_of(layer)
+            ),
+        )
+        if self._versions is not None and self._versions[0] <= frozen != self._versions[0]:
+            before = sum(
+                tensor._version
+                for layer in self.freezer.layers[: self._versions[0]]
+                for tensor in _tensors_of(layer)
+            )
+            changed = before != self._versions[1]
+        else:
+            changed = self._versions is not None and versions != self._versions
+        self._versions = versions
+        if changed:
+            self._store.clear()
+            self._plans.clear()
+            self._verified.clear()
+            self._tell("weights of frozen layers were changed; what was stored is dropped")
+
+    # --- serving ------------------------------------------------------------------------
+
+    def _cached(self, plan: Plan, batch: Batch, numbers: Keys, keys: Keys) -> Any:
+        layout, depth = self._layouts[plan.depth], plan.depth
+        self._begin(depth, layout)
+        inputs = batch.checksums()
+        held = self._held(keys, numbers, inputs, depth)
+        lengths = self._lengths(batch)
+        needed = [layout.bytes_of(length) for length in lengths]
+        fits = self._store.set_aside(keys, needed, [self._room(length) for length in lengths])
+        starts = set(held.tolist())
+        if starts == {depth}:
+            self.stats.hits += batch.size
+            return self._serve(plan, batch, self._read(depth, batch, keys))
+        if starts == {0} and not fits.any():
+            return self._plain(batch.args, batch.kwargs, batch.size)
+        if len(starts) == 1:
+            return self._compute(plan, batch, keys, inputs, held[0], fits)
+        return self._mixed(plan, batch, keys, inputs, held, fits)
+
+    def _held(self, keys: Keys, numbers: Keys, inputs: Any, depth: int) -> Any:
+        """The depth of each key's record; 0 where there is none, or none of use."""
+        if len(set(keys.tolist())) != len(keys):
+            _check_repeated(numbers, keys, inputs)
+        held = self._store.depths(keys).copy()
+        changed = np.flatnonzero((held > 0) & (self._store.index["input"][keys] != inputs))
+        if len(changed):
+            raise InvalidValue(
+                f"the input of sample {numbers[changed[0]]} is not what it was when its "
+                "activation was stored: the data set changed, ids name other samples than before, "
+                "or augmentation is random (pass view=, of a finite set, or view=None)"
+            )
+        for start in set(held.tolist()) - {0}:
+            if start > depth or start not in self._ready:
+                held[held == start] = 0
+        return held
+
+    def _lengths(self, batch: Batch) -> list[int]:
+        return [0] * batch.size if batch.lengths is None else batch.lengths.tolist()
+
+    def _room(self, length: int) -> int:
+        return max(layout.bytes_of(length) for layout in self._layouts.values())
+
+    def _begin(self, depth: int, layout: Layout) -> None:
+        if depth in self._ready:
+            return
+        if not self._store.is_reserved:
+            self._store.reserve(self._store.budget)
+        self._store.begin_depth(depth, "", layout.describe())
+        self._ready.add(depth)
+
+    def _read(self, depth: int, batch: Batch, keys: Keys) -> list[Tensor]:
+        begin = time.perf_counter()
+        layout = self._layouts[depth]
+        if layout.is_ragged:
+            tensors = layout.from_records(
+                self._store.read(keys), self._lengths(batch), batch.time
+            )
+        else:
+            tensors = layout.from_rows(self._store.read_rows(keys))
+        self.stats.read_seconds += time.perf_counter() - begin
+        return tensors
+
+    def _write(
+        self, depth: int, batch: Batch, keys: Keys, inputs: Any, fits: Any, tensors: list[Tensor]
+    ) -> None:
+        begin = time.perf_counter()
+        layout = self._layouts[depth]
+        if layout.overflows(tensors):
+            self._turn_off("an activation is too large for fp16; use bf16 or fp32")
+            return
+        rows = np.flatnonzero(fits)
+        if len(rows) and layout.is_ragged:
+            records = layout.to_records(tensors, self._lengths(batch))
+            self._store.write(keys[rows], [records[i] for i in rows], depth, inputs[rows])
+        elif len(rows):
+            whole = layout.to_rows(tensors)
+            chosen = whole if len(rows) == len(whole) else whole[torch.from_numpy(rows)]
+            self._store.write_rows(keys[rows], chosen, depth, inputs[rows])
+        self.stats.write_seconds += time.perf_counter() - begin
+
+    def _serve(self, plan: Plan, batch: Batch, tensors: list[Tensor]) -> Any:
+        """The model's output from what is stored, which is compared with the real forward pass
+        if it is the first of its kind."""
+        family = (plan.depth, self._model.training, torch.is_grad_enabled(), batch.family)
+        if family not in self._verified:
+            begin = time.perf_counter()
+            try:
+                self._verify(plan, batch, tensors)
+            except Unservable as refusal:
+                self._turn_off(str(refusal))
+                return self._plain(batch.args, batch.kwargs, batch.size)
+            finally:
+                self.stats.check_seconds += time.perf_counter() - begin
+            self._verified.add(family)
+        try:
+            return plan.run(batch, tensors)
+        except Exception as error:
+            raise self._failed(error) from error
+
+    def _verify(self, plan: Plan, batch: Batch, tensors: list[Tensor]) -> None:
+        """Unservable unless the stored tensors are the real ones, up to summation order and the
+        type they are stored in, and the model does the same with real ones bit for bit."""
+        layout = self._layouts[plan.depth]
+        with scratch(self._model):
+            real = plan.prefix(batch)
+        if not layout.is_ragged:
+            rounded = layout.from_rows(layout.to_rows(real))
+        else:
+            lengths = self._lengths(batch)
+            rounded = layout.from_records(layout.to_records(real, lengths), lengths, batch.time)
+        for stored, computed in zip(tensors, rounded, strict=True):
+            if not (_near(stored, computed) if layout.is_lossy else close(stored, computed)):
+                raise Unservable("what is stored is not what the frozen layers compute")
+        exact = rounded if not layout.is_lossy else real
+        check_plan(plan, self._model, batch, exact)
+
+    def _compute(
+        self, plan: Plan, batch: Batch, keys: Keys, inputs: Any, start: int, fits: Any
+    ) -> Any:
+        """One ordinary pass, from the input or from an earlier depth's activations, in which what
+        passes the frontier is stored."""
+        layout = self._layouts[plan.depth]
+
+        def take(tensors: list[Tensor]) -> list[Tensor]:
+            self._write(plan.depth, batch, keys, inputs, fits, tensors)
+            return layout.rounded(tensors)
+
+        if start == 0:
+            self.stats.misses += batch.size
+            with plan.capture(take):
+                return self._model(*batch.args, **batch.kwargs)
+        before = self._plan_at(int(start), batch)
+        if before is None:
+            with plan.capture(take):
+                return self._model(*batch.args, **batch.kwargs)
+        self.stats.advanced += batch.size
+        given = self._read(before.depth, batch, keys)
+        try:
+            with before.serving(batch.size, given), plan.capture(take):
+                return self._model(*batch.args, **batch.kwargs)
+        except Exception as error:
+            raise self._failed(error) from error
+
+    def _mixed(
+        self, plan: Plan, batch: Batch, keys: Keys, inputs: Any, held: Any, fits: Any
+    ) -> Any:
+        """Samples that stand at different depths: each group is brought to the frontier by
+        itself, then all are served."""
+        parts: list[Tensor] = []
+        pieces: list[list[Tensor]] = []
+        layout = self._layouts[plan.depth]
+        for start in sorted(set(held.tolist())):
+            rows = np.flatnonzero(held == start)
+            group, few = batch.rows(rows), keys[rows]
+            if group.lengths is not None and group.time != batch.time:
+                raise AssertionError("a part of a batch has its length")
+            if start == plan.depth:
+                self.stats.hits += len(rows)
+                tensors = self._read(plan.depth, group, few)
+            else:
+                before = self._plan_at(int(start), group) if start else None
+                given = [] if before is None else self._read(before.depth, group, few)
+                try:
+                    tensors = plan.prefix(group, before, given)
+                except Exception as error:
+                    raise self._failed(error) from error
+                self._write(plan.depth, group, few, inputs[rows], fits[rows], tensors)
+                tensors = layout.rounded(tensors)
+                if before is None:
+                    self.stats.misses += len(rows)
+                else:
+                    self.stats.advanced += len(rows)
+            parts.append(torch.from_numpy(rows))
+            pieces.append(tensors)
+        order = torch.cat(parts).argsort().to(self._device)
+        joined = [torch.cat(same).index_select(0, order) for same in zip(*pieces, strict=True)]
+        if layout.is_ragged:
+            lengths = self._lengths(batch)
+            joined = layout.from_records(layout.to_records(joined, lengths), lengths, batch.time)
+        else:
+            joined = layout.from_rows(layout.to_rows(joined))
+        return self._serve(plan, batch, joined)
+
+    # --- when something is wrong ----------------------------------------------------------
+
+    def _failed(self, error: Exception) -> Exception:
+        """What to raise for an exception from a served pass."""
+        reason = reason_of(error)
+        if reason is None:
+            return error
+        self._turn_off(reason)
+        return CacheError(
+            f"a served forward pass failed where earlier ones did not: {reason}; the cache is off "
+            "now, and this step can be made again"
+        )
+
+    def _turn_off(self, reason: str) -> None:
+        self.off = reason
+        self._tell(f"{reason}; the cache is off from here on")
+
+    def _tell(self, reason: str) -> None:
+        if reason not in self._told:
+            self._told.add(reason)
+            warnings.warn(f"frozen layers run as without a cache: {reason}", stacklevel=4)
+
+    @property
+    def refusals(self) -> list[str]:
+        """Why the cache had no part in some calls, each reason once."""
+        return sorted(self._told)
+
+    @property
+    def bytes_held(self) -> int:
+        """Bytes of all stored activations."""
+        return self._store.bytes_held
+
+    def close(self) -> None:
+        """Give the memory, or the files, back; from here on the model is called as it is."""
+        self._store.close()
+        self.off = "it was closed"
+
+    # --- what is decided once -------------------------------------------------------------
+
+    def _decide(self, batch: Batch) -> None:
+        self._depths = "all"
+
+    def _make_store(self, where: str | Path, budget: int | None) -> Store:
+        keys = self.num_samples * self.views
+        if where == "device":
+            free = memory_available()
+            return Store(keys, budget or free // 2, self._device, self._device)
+        if where == "ram":
+            cpu = torch.device("cpu")
+            return Store(keys, budget or memory_available() // 2, cpu, self._device)
+        raise InvalidValue(f"where must be 'ram', 'device' or a folder, got {where!r}")
+
+
+def _checked_depths(depths: Any, num_layers: int) -> Any:
+    if isinstance(depths, str):
+        if depths not in ("auto", "all"):
+            raise InvalidValue(f"depths must be 'auto', 'all' or numbers, got {depths!r}")
+        return depths
+    chosen = frozenset(depths)
+    for depth in chosen:
+        if not 1 <= whole_number("depths", depth) < max(num_layers, 2):
+            raise InvalidValue(f"depths must be in 1..{num_layers - 1}, got {depth}")
+    return chosen
+
+
+def _tensors_of(layer: Any) -> list[Tensor]:
+    buffers = [b for m in layer.modules for b in m._buffers.values() if b is not None]
+    return [*layer.parameters, *buffers]
+
+
+def _near(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors agree to the precision of the 16-bit type they were stored in."""
+    difference = (one.double() - other.double()).norm()
+    return bool(difference <= 2e-2 * other.double().norm())
+
+
+def _check_repeated(numbers: Keys, keys: Keys, inputs: Any) -> None:
+    seen: dict[int, int] = {}
+    for number, key, value in zip(numbers.tolist(), keys.tolist(), inputs.tolist(), strict=True):
+        if seen.setdefault(key, value) != value:
+            raise InvalidValue(f"id {number} comes twice in this batch with different inputs")
+
+
+_ = (Callable, ExitStack, FreezeOutError, Sequence, nn)
