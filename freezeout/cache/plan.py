@@ -536,9 +536,10 @@ def _check_modules(model: nn.Module, frozen: set[nn.Module]) -> None:
 
 
 def _is_harmless(hook: Any) -> bool:
-    """Freezing's own hooks, and torch's that compute a weight (weight_norm)."""
+    """Freezing's own hooks, torch's that compute a weight (weight_norm), and transformers' that
+    gather what is asked for in the output, which is looked through."""
     home = getattr(hook, "__module__", None) or type(hook).__module__
-    return home.startswith(("freezeout.", "torch.nn.utils."))
+    return home.startswith(("freezeout.", "torch.nn.utils.", "transformers."))
 
 
 def _check_frontier(real: _Recorder, few: _Recorder, size: int) -> None:
