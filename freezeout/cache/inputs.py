@@ -1,6 +1,5 @@
 """One batch as the model takes it: its samples, how to cut it, and a checksum of each sample."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -64,9 +63,9 @@ class Batch:
         """Whether any argument has a row for each sample."""
         return any(self._rows)
 
-    def rows(self, chosen: Tensor | Sequence[int]) -> "Batch":
-        """The same call with some of the samples only."""
-        index = torch.as_tensor(chosen, dtype=torch.int64)
+    def rows(self, chosen: Any) -> "Batch":
+        """The same call with some of the samples only, given by their places."""
+        index = torch.as_tensor(np.asarray(chosen), dtype=torch.int64)
         leaves = [
             leaf.index_select(0, index.to(leaf.device)) if has_rows else leaf
             for leaf, has_rows in zip(self._leaves, self._rows, strict=True)

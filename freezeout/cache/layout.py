@@ -36,7 +36,11 @@ class Layout:
             outer = (0, 1) if is_sequence else (0,)
             order = spec.order if spec.order[: len(outer)] == outer else tuple(range(len(shape)))
             stored = spec.dtype
-            if dtype is not None and spec.dtype.is_floating_point and dtype.itemsize < stored.itemsize:
+            if (
+                dtype is not None
+                and spec.dtype.is_floating_point
+                and dtype.itemsize < stored.itemsize
+            ):
                 stored = dtype
             self._orders.append(order)
             self._sequences.append(is_sequence)
@@ -144,5 +148,3 @@ class Layout:
         values = rows.view(self._dtypes[i]).view([shape[dimension] for dimension in order])
         inverse = sorted(range(len(order)), key=order.__getitem__)
         return values.permute(inverse).to(spec.dtype)
-
-

@@ -1,22 +1,27 @@
 """`PrefixCache`: what the frozen layers computed of each sample, kept and served."""
 
+import shutil
 import time
 import warnings
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+import torch.distributed as dist
+from torch import Tensor
 
-from ..errors import CacheError, FreezeOutError, InvalidType, InvalidValue
+from ..errors import CacheError, CheckpointError, InvalidType, InvalidValue
 from ..freezer import FreezeOut
+from ..layers.trace import sharded_modules
 from ..schedule import whole_number
+from .files import Damaged, FileStore
+from .fingerprint import Fingerprints, versions_of
 from .inputs import Batch, check_ids
 from .layout import Layout
+from .pays import Survey, best_depths, measure_reading, survey
 from .placeholders import Placeholders, Unservable, reason_of
 from .plan import Plan, check_plan, close, make_plan, scratch
 from .store import Keys, Store, memory_available
@@ -26,6 +31,7 @@ DTYPES = {
     "bf16": torch.bfloat16,
     "fp16": torch.float16,
 }
+_RESERVED = ("gpu", "cuda", "cpu", "memory", "auto", "off", "disk", "")
 _TRIES = 4  # depths tried at one move of the frontier, from the deepest on
 
 
@@ -80,11 +86,13 @@ class PrefixCache:
             disk, that is free. Samples beyond it are computed anew each time.
         dtype: "fp32", "bf16" or "fp16" for activations in store; None: the type they have.
         views: different versions of each sample's input, told by `view`.
-        depths: at which depths (numbers of frozen layers) to keep activations. "all"; "auto":
-            where measurements say that it pays; or the depths themselves.
+        depths: at which depths (numbers of frozen layers) to keep activations. "auto": where
+            measurements, made once, say that it pays and fits; "all"; or the depths themselves.
 
     Raises:
-        InvalidValue, InvalidType: arguments out of range.
+        InvalidValue, InvalidType: arguments out of range, a folder that holds other files or is
+            in use, or several processes (each sees other samples in each epoch).
+        CacheError: the folder cannot be written.
     """
 
     def __init__(
@@ -111,6 +119,10 @@ class PrefixCache:
         self.stats = CacheStats()
         self._model = freezer.model
         self._device = next(self._model.parameters()).device
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            raise InvalidValue("the cache is for one process; this is one of several (DDP)")
+        if sharded_modules(self._model):
+            raise InvalidValue("the cache does not take a model that fully_shard was applied to")
         self._depths = _checked_depths(depths, len(freezer.layers))
         self._placeholders = Placeholders()
         self._plans: dict[Any, Plan] = {}
@@ -120,7 +132,10 @@ class PrefixCache:
         self._told: set[str] = set()
         self._numerics: Any = None
         self._versions: tuple[int, int] | None = None
+        self._fingerprints = Fingerprints(freezer.layers)
+        self._survey: Survey | None = None
         self._ready: set[int] = set()  # depths that the store was told of
+        self._writes = True
         self.off: str | None = None  # why the cache is off for good
         self._store = self._make_store(where, budget)
 
@@ -147,7 +162,7 @@ class PrefixCache:
         try:
             plan = self._plan_for(batch)
         except Unservable as refusal:
-            self._tell(str(refusal))
+            self._tell(f"a batch is not cached: {refusal}")
             plan = None
         if plan is None:
             return self._plain(args, kwargs, len(numbers))
@@ -190,7 +205,7 @@ class PrefixCache:
             raise Unservable(
                 "the call differs in precision or in options from the first one that was cached"
             )
-        if self._depths == "auto":
+        if self._survey is None:
             self._decide(batch)
         tries = 0
         for depth in range(frozen, 0, -1):
@@ -224,6 +239,7 @@ class PrefixCache:
             )
             layout = Layout(plan, batch, DTYPES[self.dtype] if self.dtype else None)
             known = self._layouts.setdefault(depth, layout)
+            self._store.check_layout(depth, layout.describe())
             if known.describe() != layout.describe():
                 raise Unservable("what the frozen layers return has another shape than before")
         except Unservable as refusal:
@@ -238,58 +254,71 @@ class PrefixCache:
 
     def _refuse(self, depth: int, batch: Batch, reason: str) -> None:
         self._refused[depth, batch.family] = reason
-        self._tell(f"after layer {self.freezer.layers[depth - 1].name!r}: {reason}")
+        layer = self.freezer.layers[depth - 1].name
+        self._tell(f"nothing is cached behind layer {layer!r}: {reason}")
 
     def _numerics_of(self, batch: Batch) -> Any:
         """What decides the bits of the frozen layers' results beside weights and inputs."""
-        kind = self._device.type
-        autocast = torch.is_autocast_enabled(kind)
-        return autocast and torch.get_autocast_dtype(kind), batch.family
+        return self._precision(), batch.family
 
     def _check_weights(self, frozen: int) -> None:
         """Frozen weights stand still; if someone changed them, what is stored is of no use."""
-        versions = (
-            frozen,
-            sum(
-                tensor._version
-                for layer in self.freezer.layers[:frozen]
-                for tensor in _tensors_of(layer)
-            ),
-        )
-        if self._versions is not None and self._versions[0] <= frozen != self._versions[0]:
-            before = sum(
-                tensor._version
-                for layer in self.freezer.layers[: self._versions[0]]
-                for tensor in _tensors_of(layer)
-            )
-            changed = before != self._versions[1]
-        else:
-            changed = self._versions is not None and versions != self._versions
-        self._versions = versions
-        if changed:
+        layers = self.freezer.layers
+        before, self._versions = self._versions, (frozen, versions_of(layers[:frozen]))
+        if before is None or before[0] > frozen:
+            return
+        if before[1] != versions_of(layers[: before[0]]):
             self._store.clear()
+            self._ready.clear()
             self._plans.clear()
             self._verified.clear()
+            self._fingerprints.forget()
             self._tell("weights of frozen layers were changed; what was stored is dropped")
 
     # --- serving ------------------------------------------------------------------------
 
     def _cached(self, plan: Plan, batch: Batch, numbers: Keys, keys: Keys) -> Any:
-        layout, depth = self._layouts[plan.depth], plan.depth
-        self._begin(depth, layout)
+        try:
+            self._begin(plan.depth, batch)
+        except CacheError as error:
+            self._turn_off(str(error))
+            return self._plain(batch.args, batch.kwargs, batch.size)
         inputs = batch.checksums()
+        for _ in range(2):
+            try:
+                return self._visit(plan, batch, numbers, keys, inputs)
+            except Damaged as found:
+                self._tell(
+                    f"{len(found.args[0])} or more stored activations are damaged; they are "
+                    "computed anew"
+                )
+        raise AssertionError("records that were dropped cannot be damaged")
+
+    def _visit(self, plan: Plan, batch: Batch, numbers: Keys, keys: Keys, inputs: Any) -> Any:
+        layout, depth = self._layouts[plan.depth], plan.depth
         held = self._held(keys, numbers, inputs, depth)
-        lengths = self._lengths(batch)
-        needed = [layout.bytes_of(length) for length in lengths]
-        fits = self._store.set_aside(keys, needed, [self._room(length) for length in lengths])
         starts = set(held.tolist())
         if starts == {depth}:
+            tensors = self._read(depth, batch, keys)
             self.stats.hits += batch.size
-            return self._serve(plan, batch, self._read(depth, batch, keys))
+            return self._serve(plan, batch, tensors)
+        fits = np.zeros(batch.size, bool)
+        if self._writes:
+            lengths = self._lengths(batch)
+            needed = [layout.bytes_of(length) for length in lengths]
+            room = [self._room(length, batch.time) for length in lengths]
+            fits = self._store.set_aside(keys, needed, room)
+            held[self._store.depths(keys) == 0] = 0  # their room was too small
+            if not fits.all():
+                self._tell(
+                    f"the budget of {self._store.budget:,} bytes is used up; further samples are "
+                    "computed anew each time"
+                )
+        starts = set(held.tolist())
         if starts == {0} and not fits.any():
             return self._plain(batch.args, batch.kwargs, batch.size)
         if len(starts) == 1:
-            return self._compute(plan, batch, keys, inputs, held[0], fits)
+            return self._compute(plan, batch, keys, inputs, int(held[0]), fits)
         return self._mixed(plan, batch, keys, inputs, held, fits)
 
     def _held(self, keys: Keys, numbers: Keys, inputs: Any, depth: int) -> Any:
@@ -312,24 +341,52 @@ class PrefixCache:
     def _lengths(self, batch: Batch) -> list[int]:
         return [0] * batch.size if batch.lengths is None else batch.lengths.tolist()
 
-    def _room(self, length: int) -> int:
-        return max(layout.bytes_of(length) for layout in self._layouts.values())
+    def _room(self, length: int, time: int) -> int:
+        """For a record at any depth that is wanted."""
+        assert self._survey is not None
+        dtype = DTYPES[self.dtype] if self.dtype else None
+        sizes = [self._survey.bytes_at(d, dtype) or 0 for d in self._wanted()]
+        largest = max(sizes, default=0)
+        return -(-largest * length // time) if time else largest
 
-    def _begin(self, depth: int, layout: Layout) -> None:
+    def _wanted(self) -> list[int]:
+        """Depths that are kept and that the schedule reaches."""
+        deepest = sum(end < self.freezer.total_steps for end in self.freezer.freeze_steps)
+        return [d for d in range(1, deepest + 1) if self._is_wanted(d)]
+
+    def _begin(self, depth: int, batch: Batch) -> None:
         if depth in self._ready:
             return
-        if not self._store.is_reserved:
-            self._store.reserve(self._store.budget)
-        self._store.begin_depth(depth, "", layout.describe())
+        store, frozen = self._store, self.freezer.num_frozen
+        if not store.is_reserved:
+            longest = batch.time if batch.lengths is not None else 0
+            room = -(-self._room(longest, batch.time) // 64) * 64
+            store.reserve(len(store.index) * room)
+        if not self._ready:  # what another process has left
+            for other in sorted({int(d) for d in np.unique(store.index["depth"])} - {0, depth}):
+                if other <= frozen and store.resume_depth(other, self._fingerprint(other)):
+                    self._ready.add(other)
+        store.begin_depth(depth, self._fingerprint(depth), self._layouts[depth].describe())
         self._ready.add(depth)
+        if store.news is not None:
+            self._tell(store.news)
+            store.news = None
+
+    def _fingerprint(self, depth: int) -> str:
+        if not isinstance(self._store, FileStore):
+            return ""
+        return f"{self._fingerprints.at(depth)} {self._precision()} torch {torch.__version__}"
+
+    def _precision(self) -> str:
+        kind = self._device.type
+        autocast = torch.is_autocast_enabled(kind)
+        return str(torch.get_autocast_dtype(kind) if autocast else "no autocast")
 
     def _read(self, depth: int, batch: Batch, keys: Keys) -> list[Tensor]:
         begin = time.perf_counter()
         layout = self._layouts[depth]
         if layout.is_ragged:
-            tensors = layout.from_records(
-                self._store.read(keys), self._lengths(batch), batch.time
-            )
+            tensors = layout.from_records(self._store.read(keys), self._lengths(batch), batch.time)
         else:
             tensors = layout.from_rows(self._store.read_rows(keys))
         self.stats.read_seconds += time.perf_counter() - begin
@@ -344,13 +401,19 @@ class PrefixCache:
             self._turn_off("an activation is too large for fp16; use bf16 or fp32")
             return
         rows = np.flatnonzero(fits)
-        if len(rows) and layout.is_ragged:
-            records = layout.to_records(tensors, self._lengths(batch))
-            self._store.write(keys[rows], [records[i] for i in rows], depth, inputs[rows])
-        elif len(rows):
-            whole = layout.to_rows(tensors)
-            chosen = whole if len(rows) == len(whole) else whole[torch.from_numpy(rows)]
-            self._store.write_rows(keys[rows], chosen, depth, inputs[rows])
+        try:
+            if len(rows) and layout.is_ragged:
+                records = layout.to_records(tensors, self._lengths(batch))
+                self._store.write(keys[rows], [records[i] for i in rows], depth, inputs[rows])
+            elif len(rows):
+                whole = layout.to_rows(tensors)
+                chosen = whole
+                if len(rows) < len(whole):
+                    chosen = whole[torch.from_numpy(rows).to(whole.device)]
+                self._store.write_rows(keys[rows], chosen, depth, inputs[rows])
+        except OSError as error:
+            self._writes = False
+            self._tell(f"cannot write to the cache ({error.strerror}); nothing more is stored")
         self.stats.write_seconds += time.perf_counter() - begin
 
     def _serve(self, plan: Plan, batch: Batch, tensors: list[Tensor]) -> Any:
@@ -427,8 +490,6 @@ class PrefixCache:
         for start in sorted(set(held.tolist())):
             rows = np.flatnonzero(held == start)
             group, few = batch.rows(rows), keys[rows]
-            if group.lengths is not None and group.time != batch.time:
-                raise AssertionError("a part of a batch has its length")
             if start == plan.depth:
                 self.stats.hits += len(rows)
                 tensors = self._read(plan.depth, group, few)
@@ -476,7 +537,7 @@ class PrefixCache:
     def _tell(self, reason: str) -> None:
         if reason not in self._told:
             self._told.add(reason)
-            warnings.warn(f"frozen layers run as without a cache: {reason}", stacklevel=4)
+            warnings.warn(f"PrefixCache: {reason}", stacklevel=4)
 
     @property
     def refusals(self) -> list[str]:
@@ -496,17 +557,76 @@ class PrefixCache:
     # --- what is decided once -------------------------------------------------------------
 
     def _decide(self, batch: Batch) -> None:
-        self._depths = "all"
+        """Measure, once; and with depths="auto" choose."""
+        begin = time.perf_counter()
+        freezer = self.freezer
+        self._survey = survey(self._model, freezer.layers, batch, self._device)
+        if self._depths == "auto":
+            dtype = DTYPES[self.dtype] if self.dtype else None
+            keys, count = self.num_samples * self.views, len(freezer.layers)
+            folder = self._store.path if isinstance(self._store, FileStore) else None
+            sizes = [self._survey.bytes_at(depth, dtype) for depth in range(count)]
+            fitting = [s if s and s * keys <= self._store.budget else None for s in sizes]
+            if not any(fitting):  # part of the samples then, where they are smallest
+                smallest = min((s for s in sizes if s), default=None)
+                fitting = [s if s == smallest else None for s in sizes]
+            measured = {
+                size: measure_reading(size, batch.size, self._device, folder, size * keys)
+                for size in {s for s in fitting if s}
+            }
+            left = (freezer.total_steps - freezer.step_count) * batch.size / keys
+            costs = [measured[size] if size else None for size in fitting]
+            self._depths = frozenset(best_depths(self._survey.seconds, costs, left))
+            if not self._depths:
+                self._turn_off("measured, it would not save time here")
+        self.stats.check_seconds += time.perf_counter() - begin
+
+    @property
+    def depths(self) -> list[int] | None:
+        """The depths at which activations are kept; None: not decided yet."""
+        if isinstance(self._depths, str):
+            return None if self._depths == "auto" else list(range(1, len(self.freezer.layers)))
+        return sorted(self._depths)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was decided from measurements, so that a resumed run decides alike."""
+        return {"depths": self.depths, "layers": [layer.name for layer in self.freezer.layers]}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what `state_dict()` returned. CheckpointError if it is of other layers."""
+        mine = [layer.name for layer in self.freezer.layers]
+        if not isinstance(state, Mapping) or {"depths", "layers"} - set(state):
+            raise CheckpointError("this is no PrefixCache state")
+        if state["layers"] != mine:
+            raise CheckpointError("the PrefixCache state is of other layers")
+        if state["depths"] is not None:
+            self._depths = _checked_depths(state["depths"], len(mine))
 
     def _make_store(self, where: str | Path, budget: int | None) -> Store:
         keys = self.num_samples * self.views
-        if where == "device":
-            free = memory_available()
-            return Store(keys, budget or free // 2, self._device, self._device)
+        cpu = torch.device("cpu")
         if where == "ram":
-            cpu = torch.device("cpu")
             return Store(keys, budget or memory_available() // 2, cpu, self._device)
-        raise InvalidValue(f"where must be 'ram', 'device' or a folder, got {where!r}")
+        if where == "device":
+            if budget is None:
+                free = memory_available()
+                if self._device.type == "cuda":
+                    free = torch.cuda.mem_get_info(self._device)[0]
+                budget = free // 2
+            return Store(keys, budget, self._device, self._device)
+        if not isinstance(where, Path) and ("/" not in where and where.lower() in _RESERVED):
+            raise InvalidValue(f"where must be 'ram', 'device' or a folder, got {where!r}")
+        purpose = {
+            "samples": self.num_samples,
+            "views": self.views,
+            "dtype": self.dtype,
+            "layers": [layer.name for layer in self.freezer.layers],
+        }
+        path = Path(where)
+        store = FileStore(path, keys, budget or 0, self._device, purpose)
+        if budget is None:
+            store.budget = shutil.disk_usage(path).free * 9 // 10
+        return store
 
 
 def _checked_depths(depths: Any, num_layers: int) -> Any:
@@ -521,11 +641,6 @@ def _checked_depths(depths: Any, num_layers: int) -> Any:
     return chosen
 
 
-def _tensors_of(layer: Any) -> list[Tensor]:
-    buffers = [b for m in layer.modules for b in m._buffers.values() if b is not None]
-    return [*layer.parameters, *buffers]
-
-
 def _near(one: Tensor, other: Tensor) -> bool:
     """Whether two tensors agree to the precision of the 16-bit type they were stored in."""
     difference = (one.double() - other.double()).norm()
@@ -537,6 +652,3 @@ def _check_repeated(numbers: Keys, keys: Keys, inputs: Any) -> None:
     for number, key, value in zip(numbers.tolist(), keys.tolist(), inputs.tolist(), strict=True):
         if seen.setdefault(key, value) != value:
             raise InvalidValue(f"id {number} comes twice in this batch with different inputs")
-
-
-_ = (Callable, ExitStack, FreezeOutError, Sequence, nn)

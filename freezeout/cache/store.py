@@ -151,6 +151,15 @@ class Store:
     def _numbers(self, numbers: Any) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(numbers)).to(self.device)
 
+    news: str | None = None  # something to tell the user, once
+
+    def resume_depth(self, depth: int, fingerprint: str) -> bool:
+        """Whether records of this depth, which an earlier process wrote, are of these weights."""
+        return False
+
+    def check_layout(self, depth: int, layout: Any) -> None:
+        """Forget records of this depth if they are not laid out so."""
+
     def begin_depth(self, depth: int, fingerprint: str, layout: Any) -> None:
         """Records of this depth are going to be written and read. Of frozen weights with another
         fingerprint, or in another layout, none is kept."""
