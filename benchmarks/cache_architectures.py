@@ -70,7 +70,10 @@ def _reason(report: Report) -> str:
 
 
 def table(rows: list[Row]) -> str:
-    lines = ["| family | network | depths served | why not at the others |", "| --- | --- | --- | --- |"]
+    lines = [
+        "| family | network | depths served | why not at the others |",
+        "| --- | --- | --- | --- |",
+    ]
     for row in rows:
         why = "; ".join(dict.fromkeys(row.report.refused.values()))
         if row.verdict != "served":

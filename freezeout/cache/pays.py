@@ -154,7 +154,7 @@ def measure_reading(
 
     rows = torch.zeros(4 * samples, count, dtype=torch.uint8)
     chosen = torch.randperm(len(rows))[:samples]
-    batch = rows[:samples].to(device)
+    batch = rows[:samples].clone().to(device)
 
     def read() -> None:
         rows.index_select(0, chosen).to(device)
