@@ -226,13 +226,7 @@ class FileStore(Store):
             self.drop(np.array(wrong))
             raise Damaged(wrong)
 
-    def sync(self) -> None:
-        """Have the disk hold what has been written."""
-        if self._file >= 0:
-            os.fsync(self._file)
-            self.index.flush()
-
-    def close(self) -> None:
+    def close(self, delete: bool = False) -> None:
         super().close()
         if self._file >= 0:
             self.index.flush()
@@ -242,3 +236,8 @@ class FileStore(Store):
         if self._lock >= 0:
             os.close(self._lock)
             self._lock = -1
+            if delete:
+                for name in _FILES:
+                    (self.path / name).unlink(missing_ok=True)
+                if not os.listdir(self.path):
+                    self.path.rmdir()

@@ -186,7 +186,7 @@ def measure_reading(
 
 
 def best_depths(
-    seconds: Sequence[float], costs: Sequence[tuple[float, float] | None], visits: float
+    seconds: Sequence[float], costs: Sequence[tuple[float, float] | None], visits: Sequence[float]
 ) -> list[int]:
     """The depths at which to keep activations: for each number of frozen layers, the depth up to
     it where most is saved; none where nothing is.
@@ -194,13 +194,13 @@ def best_depths(
     Args:
         seconds: a batch's forward pass through the first k layers.
         costs: seconds to read and to write a batch's activations there; None: they do not fit.
-        visits: how often each sample will still be seen.
+        visits: how often each sample will be seen once the first k layers are frozen.
 
     A sample is stored at its first visit, read at the others, and, at worst, written at each.
 
-    >>> best_depths([0.0, 0.010, 0.020, 0.021], [None, (1e-3, 1e-3), (1e-3, 1e-3), None], 10)
+    >>> best_depths([0.0, 0.010, 0.020, 0.021], [None, (1e-3, 1e-3), (1e-3, 1e-3), None], [10] * 4)
     [1, 2]
-    >>> best_depths([0.0, 0.010], [None, (1e-3, 1e-3)], 1)
+    >>> best_depths([0.0, 0.010], [None, (1e-3, 1e-3)], [2, 1])
     []
     """
     chosen: list[int] = []
@@ -210,7 +210,7 @@ def best_depths(
         if cost is None:
             continue
         read, write = cost[0] + _OVERHEAD, cost[1]
-        gain = (visits - 1) * (0.98 * seconds[depth] - read) - visits * write
+        gain = (visits[depth] - 1) * (0.98 * seconds[depth] - read) - visits[depth] * write
         if gain > best:
             best = gain
             chosen.append(depth)

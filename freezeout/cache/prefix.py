@@ -12,6 +12,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from ..errors import CacheError, CheckpointError, InvalidType, InvalidValue
 from ..freezer import FreezeOut
@@ -24,7 +25,7 @@ from .layout import Layout
 from .pays import Survey, best_depths, measure_reading, survey
 from .placeholders import Placeholders, Unservable, reason_of
 from .plan import Plan, check_plan, close, make_plan, scratch
-from .store import Keys, Store, memory_available
+from .store import ALIGNMENT, Keys, Store, memory_available
 
 DTYPES = {
     "fp32": torch.float32,
@@ -87,7 +88,8 @@ class PrefixCache:
         dtype: "fp32", "bf16" or "fp16" for activations in store; None: the type they have.
         views: different versions of each sample's input, told by `view`.
         depths: at which depths (numbers of frozen layers) to keep activations. "auto": where
-            measurements, made once, say that it pays and fits; "all"; or the depths themselves.
+            measurements, made once, say that it pays and fits; "all": where it fits; or the
+            depths themselves.
 
     Raises:
         InvalidValue, InvalidType: arguments out of range, a folder that holds other files or is
@@ -207,6 +209,8 @@ class PrefixCache:
             )
         if self._survey is None:
             self._decide(batch)
+            if self.off is not None:
+                return None
         tries = 0
         for depth in range(frozen, 0, -1):
             if not self._is_wanted(depth) or (depth, batch.family) in self._refused:
@@ -220,7 +224,7 @@ class PrefixCache:
         return None
 
     def _is_wanted(self, depth: int) -> bool:
-        return self._depths == "all" or depth in self._depths
+        return depth in self._depths
 
     def _plan_at(self, depth: int, batch: Batch) -> Plan | None:
         """The plan for this kind of batch, made if it has to be; None: refused, and said."""
@@ -360,7 +364,7 @@ class PrefixCache:
         store, frozen = self._store, self.freezer.num_frozen
         if not store.is_reserved:
             longest = batch.time if batch.lengths is not None else 0
-            room = -(-self._room(longest, batch.time) // 64) * 64
+            room = -(-self._room(longest, batch.time) // ALIGNMENT) * ALIGNMENT
             store.reserve(len(store.index) * room)
         if not self._ready:  # what another process has left
             for other in sorted({int(d) for d in np.unique(store.index["depth"])} - {0, depth}):
@@ -549,44 +553,66 @@ class PrefixCache:
         """Bytes of all stored activations."""
         return self._store.bytes_held
 
-    def close(self) -> None:
-        """Give the memory, or the files, back; from here on the model is called as it is."""
-        self._store.close()
+    @property
+    def record_bytes(self) -> int:
+        """Bytes set aside for one sample's record, where all are equally long; 0: not known."""
+        return 0 if self._survey is None else -(-self._room(0, 0) // ALIGNMENT) * ALIGNMENT
+
+    def close(self, delete: bool = False) -> None:
+        """Give the memory, or the files, back; from here on the model is called as it is.
+        `delete`: the files too."""
+        self._store.close(delete)
         self.off = "it was closed"
 
     # --- what is decided once -------------------------------------------------------------
 
+    def prepare(self, *args: Any, **kwargs: Any) -> None:
+        """Measure sizes and times on one batch, and choose the depths, now and not at the first
+        freeze. Under the autocast of training, if there is one."""
+        rows = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        if not rows or not rows[0].ndim:
+            raise InvalidValue("prepare() takes what the model takes: tensors, a row a sample")
+        self._decide(Batch(args, kwargs, rows[0].shape[0]))
+
     def _decide(self, batch: Batch) -> None:
-        """Measure, once; and with depths="auto" choose."""
+        """Measure, once, and choose the depths: those that fit; with "auto" those that pay."""
         begin = time.perf_counter()
         freezer = self.freezer
         self._survey = survey(self._model, freezer.layers, batch, self._device)
-        if self._depths == "auto":
+        if isinstance(self._depths, str):
             dtype = DTYPES[self.dtype] if self.dtype else None
             keys, count = self.num_samples * self.views, len(freezer.layers)
-            folder = self._store.path if isinstance(self._store, FileStore) else None
             sizes = [self._survey.bytes_at(depth, dtype) for depth in range(count)]
             fitting = [s if s and s * keys <= self._store.budget else None for s in sizes]
             if not any(fitting):  # part of the samples then, where they are smallest
                 smallest = min((s for s in sizes if s), default=None)
                 fitting = [s if s == smallest else None for s in sizes]
-            measured = {
-                size: measure_reading(size, batch.size, self._device, folder, size * keys)
-                for size in {s for s in fitting if s}
-            }
-            left = (freezer.total_steps - freezer.step_count) * batch.size / keys
-            costs = [measured[size] if size else None for size in fitting]
-            self._depths = frozenset(best_depths(self._survey.seconds, costs, left))
-            if not self._depths:
-                self._turn_off("measured, it would not save time here")
+            if self._depths == "all":
+                chosen = [depth for depth in range(1, count) if fitting[depth]]
+            else:
+                chosen = self._paying(batch, fitting, keys)
+            self._depths = frozenset(chosen)
+            if not chosen:
+                self._turn_off("by measurement it would not save time here")
         self.stats.check_seconds += time.perf_counter() - begin
+
+    def _paying(self, batch: Batch, sizes: list[int | None], keys: int) -> list[int]:
+        assert self._survey is not None
+        freezer = self.freezer
+        folder = self._store.path if isinstance(self._store, FileStore) else None
+        measured = {
+            size: measure_reading(size, batch.size, self._device, folder, size * keys)
+            for size in {s for s in sizes if s}
+        }
+        costs = [measured[size] if size else None for size in sizes]
+        starts = [max(freezer.step_count, end) for end in (0, *freezer.freeze_steps)]
+        visits = [(freezer.total_steps - start) * batch.size / keys for start in starts]
+        return best_depths(self._survey.seconds, costs, visits[: len(sizes)])
 
     @property
     def depths(self) -> list[int] | None:
         """The depths at which activations are kept; None: not decided yet."""
-        if isinstance(self._depths, str):
-            return None if self._depths == "auto" else list(range(1, len(self.freezer.layers)))
-        return sorted(self._depths)
+        return None if isinstance(self._depths, str) else sorted(self._depths)
 
     def state_dict(self) -> dict[str, Any]:
         """What was decided from measurements, so that a resumed run decides alike."""
@@ -601,6 +627,8 @@ class PrefixCache:
             raise CheckpointError("the PrefixCache state is of other layers")
         if state["depths"] is not None:
             self._depths = _checked_depths(state["depths"], len(mine))
+            if not self._depths:
+                self.off = "by measurement it would not save time here"
 
     def _make_store(self, where: str | Path, budget: int | None) -> Store:
         keys = self.num_samples * self.views

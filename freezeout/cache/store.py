@@ -25,7 +25,7 @@ INDEX = np.dtype(
         ("input", "<i8"),  # checksum of the sample's input
     ]
 )
-_ALIGNMENT = 64
+ALIGNMENT = 64
 
 
 class Store:
@@ -80,7 +80,7 @@ class Store:
             if index["offset"][key] >= 0 and index["room"][key] >= needed[i]:
                 fits[i] = True
                 continue
-            size = -(-max(room[i], needed[i]) // _ALIGNMENT) * _ALIGNMENT
+            size = -(-max(room[i], needed[i]) // ALIGNMENT) * ALIGNMENT
             if self._end + size <= len(self._bytes):
                 index["depth"][key] = 0
                 index["room"][key], index["offset"][key] = size, self._end
@@ -168,7 +168,7 @@ class Store:
         """Forget every record."""
         self.index["depth"] = 0
 
-    def close(self) -> None:
+    def close(self, delete: bool = False) -> None:
         """Give memory and files back."""
         self._bytes = torch.empty(0, dtype=torch.uint8)
 
