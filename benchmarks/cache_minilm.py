@@ -26,8 +26,8 @@ import torch
 from torch import Tensor
 
 import tests.conftest  # noqa: F401  (lets transformers find torchvision beside a CPU torch)
-from benchmarks.timing import environment
 from freezeout import FreezeOut, PrefixCache, Schedule, find_layers
+from freezeout.lab.device import hardware
 
 BATCH, LONGEST, TEST = 32, 128, 1600
 
@@ -58,7 +58,7 @@ class Arm:
         steps = epochs * len(batches)
         example = {k: v[:2] for k, v in batches.inputs([0, 1]).items()}
         count = len(find_layers(model, example))
-        frozen = round(share * count)
+        frozen = int(share * count)
         times = (1 / epochs,) * frozen + (1.0,) * (count - frozen)
         self.freezer = FreezeOut(
             model,
@@ -160,7 +160,8 @@ def main() -> None:
     frozen = arms["cache"].freezer.num_frozen
     print(
         f"{frozen} of {len(arms['cache'].freezer.layers)} layers frozen from epoch 2; the cache "
-        f"is {ratio:.2f} times as fast (claim: >= 1.4 at 10 epochs); {environment()}"
+        f"is {ratio:.2f} times as fast (claim: >= 1.4 at 10 epochs); "
+        f"{hardware(torch.device('cpu'))}; torch {torch.__version__}"
     )
 
 

@@ -41,6 +41,8 @@ class TrainConfig:
     training), test, or none."""
     augment: bool = True
     """Random crops, and flips where a mirror image keeps its meaning."""
+    images: int | None = None
+    """Train on the first so many training images only."""
     epochs: int = 100
     """Passes over the training images."""
     steps: int | None = None
@@ -91,8 +93,9 @@ class TrainConfig:
             whole_number(name, getattr(self, name))
         if whole_number("seed", self.seed, minimum=0) >= 2**63:
             raise InvalidValue(f"seed must be below 2**63, got {self.seed}")
-        if self.steps is not None:
-            whole_number("steps", self.steps)
+        for name in ("steps", "images", "views"):
+            if getattr(self, name) is not None:
+                whole_number(name, getattr(self, name))
         _check_number("lr", self.lr, 0, math.inf, above=True)
         _check_number("weight_decay", self.weight_decay, 0, math.inf)
         _check_number("momentum", self.momentum, 0, 1)
@@ -106,8 +109,6 @@ class TrainConfig:
             raise InvalidValue(
                 f"cache_dtype must be one of {', '.join(CACHE_DTYPES)}, got {self.cache_dtype!r}"
             )
-        if self.views is not None:
-            whole_number("views", self.views)
         if self.cache == "":
             raise InvalidValue("cache must be off, auto, ram or a folder, got ''")
         if self.cache != "off" and not self.freezeout:

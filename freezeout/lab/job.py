@@ -94,11 +94,20 @@ class Job:
     def load_data(self) -> ImageData:
         """The images, on the device."""
         config = self.config
-        return load_data(
+        data = load_data(
             config.dataset,
             data_dir=config.data_dir,
             validate=config.validate,
             device=self.device,
+        )
+        count = len(data.train_labels) if config.images is None else config.images
+        if count > len(data.train_labels):
+            raise InvalidValue(
+                f"images must be at most {len(data.train_labels)}, all that {config.dataset} has "
+                f"for training, got {count}"
+            )
+        return replace(
+            data, train_images=data.train_images[:count], train_labels=data.train_labels[:count]
         )
 
     def build_model(self, num_classes: int) -> nn.Module:
