@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
 
 import torch
 from torch import Tensor
@@ -132,7 +132,6 @@ def main() -> None:
     parser.add_argument("--items", type=int, default=None, help="train on so many only")
     parser.add_argument("--share", type=float, default=0.75, help="of the layers, frozen")
     args = parser.parse_args()
-    transformers.logging.set_verbosity_error()
     tokenizer = transformers.AutoTokenizer.from_pretrained(pretrained())
     texts, labels = read(args.data)
     train = slice(0, min(args.items or len(texts), len(texts) - TEST))

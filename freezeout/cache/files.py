@@ -38,6 +38,14 @@ class Damaged(Exception):
     """Records whose bytes are not what was written; the keys are the argument."""
 
 
+def check_folder(path: Path) -> None:
+    """InvalidValue if there are files in the folder that are not a cache's."""
+    names = os.listdir(path) if path.is_dir() else []
+    odd = sorted(name for name in names if name not in _FILES)
+    if odd:
+        raise InvalidValue(f"{path} holds other files ({odd[0]}); give the cache its own folder")
+
+
 class FileStore(Store):
     """`Store` in the folder `path`, which is made if it does not exist.
 
@@ -70,11 +78,7 @@ class FileStore(Store):
 
     def _open(self, path: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
-        odd = sorted(name for name in os.listdir(path) if name not in _FILES)
-        if odd:
-            raise InvalidValue(
-                f"{path} holds other files ({odd[0]}); give the cache its own folder"
-            )
+        check_folder(path)
         self._lock = os.open(path / "lock", os.O_RDWR | os.O_CREAT, 0o644)
         if fcntl is not None:
             try:

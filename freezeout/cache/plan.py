@@ -82,6 +82,7 @@ class Plan:
 
     Attributes:
         calls: what the rest of the model calls, in order; the last one's result is the frontier.
+        modules: those that are called, each once.
         only_size: the number of samples it holds for; None: any.
         draws: whether the model draws random numbers in front of the frontier (a drop rate of
             zero, say), so that a pass that stops there has to put the generators back.
@@ -100,7 +101,7 @@ class Plan:
         self.depth, self.calls, self.only_size, self.draws = depth, tuple(calls), only_size, draws
         self.frontier = self.calls[-1]
         self._model, self._placeholders, self._stand_ins = model, placeholders, stand_ins
-        self._modules = list(dict.fromkeys(call.module for call in self.calls))
+        self.modules = list(dict.fromkeys(call.module for call in self.calls))
         # The last call is this one of its module's.
         self._nth = sum(call.module is self.frontier.module for call in self.calls)
         self._made: dict[int, list[list[Tensor]]] = {}  # by number of samples
@@ -108,26 +109,21 @@ class Plan:
         self._given: Sequence[Tensor] = ()
         self._size = 0
         self._own: dict[nn.Module, Callable[..., Any]] = {}
-        self._stubs = {module: self._stub(module) for module in self._modules}
+        self._stubs = {module: self._stub(module) for module in self.modules}
 
     def run(self, batch: Batch, tensors: Sequence[Tensor]) -> Any:
         """The model's output, its frozen layers' last output given."""
         with self.serving(batch.size, tensors):
             output = self._model(*batch.args, **batch.kwargs)
-        self.check_all_called()
-        if holds_placeholder(output):
-            raise Unservable(
-                "the model returns something from inside the frozen layers "
-                "(hidden states or attention maps, say)"
-            )
+        self.check(output)
         return output
 
     @contextmanager
     def serving(self, samples: int, tensors: Sequence[Tensor]) -> Iterator[None]:
         """Inside, frozen modules return placeholders, the last one `tensors`."""
         self._next, self._given, self._size = 0, tensors, samples
-        self._own = {module: _forward(module) for module in self._modules}
-        kept = [(module, _overridden(module, self._stubs[module])) for module in self._modules]
+        self._own = {module: _forward(module) for module in self.modules}
+        kept = [(module, overridden(module, self._stubs[module])) for module in self.modules]
         parameters = [(m, name, m._parameters[name]) for m, name, _ in self._stand_ins]
         try:
             for module, name, stand_in in self._stand_ins:
@@ -137,16 +133,24 @@ class Plan:
             for module, name, parameter in parameters:
                 module._parameters[name] = parameter
             for module, before in kept:
-                _restore(module, before)
+                restore(module, before)
             self._given, self._own = (), {}
 
-    def check_all_called(self) -> None:
+    def check(self, output: Any) -> None:
+        """Unservable if the output of the pass just served holds a placeholder, or came about
+        in another way."""
         if self._next != len(self.calls):
             raise Unservable("the forward pass calls fewer frozen modules than it did")
+        if holds_placeholder(output):
+            raise Unservable(
+                "the model returns something from inside the frozen layers "
+                "(hidden states or attention maps, say)"
+            )
 
     @contextmanager
     def capture(self, take: Callable[[list[Tensor]], list[Tensor]]) -> Iterator[None]:
-        """Inside, what reaches the frontier is passed to `take`, and its result goes on."""
+        """Inside, what reaches the frontier is passed to `take`, and its result goes on. A pass
+        that takes another way is left alone."""
         module, nth, count = self.frontier.module, self._nth, 0
         inner = _forward(module)
 
@@ -161,13 +165,11 @@ class Plan:
             leaves = [next(taken) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
             return tree_unflatten(leaves, tree)
 
-        before = _overridden(module, forward)
+        before = overridden(module, forward)
         try:
             yield
         finally:
-            _restore(module, before)
-        if count < nth:
-            raise Unservable("the forward pass does not reach the last frozen module")
+            restore(module, before)
 
     def prefix(
         self, batch: Batch, start: "Plan | None" = None, given: Sequence[Tensor] = ()
@@ -189,8 +191,8 @@ class Plan:
                 with self.capture(stop):
                     self._model(*batch.args, **batch.kwargs)
             except _Reached:
-                pass
-        return reached
+                return reached
+        raise Unservable("the forward pass does not reach the last frozen module")
 
     def _stub(self, module: nn.Module) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
@@ -381,7 +383,7 @@ class _Recorder:
     def record(self, batch: Batch, stop_after: int | None = None) -> None:
         """Run the model, or its calls of frozen modules up to a number."""
         self._stop_after = stop_after
-        kept = [(m, _overridden(m, self._wrapped(m, _forward(m)))) for m in self._modules]
+        kept = [(m, overridden(m, self._wrapped(m, _forward(m)))) for m in self._modules]
         self._before = _generators(self._model)
         try:
             self.output = self._model(*batch.args, **batch.kwargs)
@@ -389,7 +391,7 @@ class _Recorder:
             pass
         finally:
             for module, before in kept:
-                _restore(module, before)
+                restore(module, before)
         self.drawn = _generators(self._model)
         while self.calls and self.calls[-1].runs:
             self.calls.pop()
@@ -709,15 +711,15 @@ def _forward(module: nn.Module) -> Callable[..., Any]:
     return module.forward if compiled is None else compiled
 
 
-def _overridden(module: nn.Module, forward: Callable[..., Any]) -> tuple[str, Any]:
-    """Put another function in that place, in the instance; what to give `_restore`."""
+def overridden(module: nn.Module, forward: Callable[..., Any]) -> tuple[str, Any]:
+    """Put another function in that place, in the instance; what to give `restore`."""
     name = "forward" if module._compiled_call_impl is None else "_compiled_call_impl"
     before = module.__dict__.get(name)
     module.__dict__[name] = forward
     return name, before
 
 
-def _restore(module: nn.Module, before: tuple[str, Any]) -> None:
+def restore(module: nn.Module, before: tuple[str, Any]) -> None:
     name, value = before
     if value is None:
         module.__dict__.pop(name, None)

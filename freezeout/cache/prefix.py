@@ -4,6 +4,7 @@ import shutil
 import time
 import warnings
 from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from ..layers.trace import sharded_modules
 from ..schedule import whole_number
 from .files import Damaged, FileStore
 from .fingerprint import Fingerprints, versions_of
+from .fold import FoldedPrefix
 from .inputs import Batch, check_ids
 from .layout import Layout
 from .pays import Survey, best_depths, measure_reading, survey
@@ -90,6 +92,9 @@ class PrefixCache:
         depths: at which depths (numbers of frozen layers) to keep activations. "auto": where
             measurements, made once, say that it pays and fits; "all": where it fits; or the
             depths themselves.
+        fold: fold frozen BatchNorms into convolutions where frozen layers are computed (first
+            visits, samples beyond the budget, view=None). Their results then differ in the last
+            bits from the model's own.
 
     Raises:
         InvalidValue, InvalidType: arguments out of range, a folder that holds other files or is
@@ -107,6 +112,7 @@ class PrefixCache:
         dtype: str | None = None,
         views: int = 1,
         depths: str | Iterable[int] = "auto",
+        fold: bool = False,
     ) -> None:
         if not isinstance(freezer, FreezeOut):
             raise InvalidType(f"freezer must be a FreezeOut, got {type(freezer).__name__}")
@@ -126,6 +132,7 @@ class PrefixCache:
         if sharded_modules(self._model):
             raise InvalidValue("the cache does not take a model that fully_shard was applied to")
         self._depths = _checked_depths(depths, len(freezer.layers))
+        self._fold = FoldedPrefix(self._model) if fold else None
         self._placeholders = Placeholders()
         self._plans: dict[Any, Plan] = {}
         self._refused: dict[Any, str] = {}
@@ -172,7 +179,15 @@ class PrefixCache:
 
     def _plain(self, args: tuple[Any, ...], kwargs: dict[str, Any], samples: int) -> Any:
         self.stats.bypassed += samples
-        return self._model(*args, **kwargs)
+        with self._folding():
+            return self._model(*args, **kwargs)
+
+    def _folding(self, *plans: Plan | None) -> AbstractContextManager[None]:
+        """Fold norms, if asked to, but in what the plans have to see called."""
+        if self._fold is None:
+            return nullcontext()
+        called = {module for plan in plans if plan is not None for module in plan.modules}
+        return self._fold(self.freezer.layers[: self.freezer.num_frozen], called)
 
     def _keys(self, numbers: Keys, view: Any) -> Keys | None:
         if view is None:
@@ -277,6 +292,8 @@ class PrefixCache:
             self._plans.clear()
             self._verified.clear()
             self._fingerprints.forget()
+            if self._fold is not None:
+                self._fold.forget()
             self._tell("weights of frozen layers were changed; what was stored is dropped")
 
     # --- serving ------------------------------------------------------------------------
@@ -451,10 +468,10 @@ class PrefixCache:
             lengths = self._lengths(batch)
             rounded = layout.from_records(layout.to_records(real, lengths), lengths, batch.time)
         for stored, computed in zip(tensors, rounded, strict=True):
-            if not (_near(stored, computed) if layout.is_lossy else close(stored, computed)):
+            exact = not layout.is_lossy and self._fold is None
+            if not (close(stored, computed) if exact else _near(stored, computed)):
                 raise Unservable("what is stored is not what the frozen layers compute")
-        exact = rounded if not layout.is_lossy else real
-        check_plan(plan, self._model, batch, exact)
+        check_plan(plan, self._model, batch, real if layout.is_lossy else rounded)
 
     def _compute(
         self, plan: Plan, batch: Batch, keys: Keys, inputs: Any, start: int, fits: Any
@@ -467,19 +484,22 @@ class PrefixCache:
             self._write(plan.depth, batch, keys, inputs, fits, tensors)
             return layout.rounded(tensors)
 
-        if start == 0:
-            self.stats.misses += batch.size
-            with plan.capture(take):
-                return self._model(*batch.args, **batch.kwargs)
-        before = self._plan_at(int(start), batch)
+        before = self._plan_at(start, batch) if start else None
         if before is None:
-            with plan.capture(take):
+            self.stats.misses += batch.size
+            with self._folding(plan), plan.capture(take):
                 return self._model(*batch.args, **batch.kwargs)
         self.stats.advanced += batch.size
         given = self._read(before.depth, batch, keys)
         try:
-            with before.serving(batch.size, given), plan.capture(take):
-                return self._model(*batch.args, **batch.kwargs)
+            with (
+                self._folding(plan, before),
+                before.serving(batch.size, given),
+                plan.capture(take),
+            ):
+                output = self._model(*batch.args, **batch.kwargs)
+            before.check(output)
+            return output
         except Exception as error:
             raise self._failed(error) from error
 
@@ -501,7 +521,8 @@ class PrefixCache:
                 before = self._plan_at(int(start), group) if start else None
                 given = [] if before is None else self._read(before.depth, group, few)
                 try:
-                    tensors = plan.prefix(group, before, given)
+                    with self._folding(plan, before):
+                        tensors = plan.prefix(group, before, given)
                 except Exception as error:
                     raise self._failed(error) from error
                 self._write(plan.depth, group, few, inputs[rows], fits[rows], tensors)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import SGD
 
-from ..cache import PrefixCache
+from ..cache import PrefixCache, check_folder
 from ..cost import run_cost
 from ..errors import InvalidValue
 from ..freezer import FreezeOut
@@ -75,6 +75,8 @@ class Job:
             raise InvalidValue(
                 f"cache={config.cache!r} is for one process, and this run has {ranks.size} ranks"
             )
+        if config.cache not in ("off", "auto", "ram"):
+            check_folder(Path(config.cache))
         self.device = choose_device(config.device, ranks.local if ranks.size > 1 else None)
         if self.device.type == "cuda" and ranks.size > 1:
             torch.cuda.set_device(self.device)

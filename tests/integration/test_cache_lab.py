@@ -102,7 +102,7 @@ def test_a_damaged_file_is_noticed_and_computed_anew(reference: Path, tmp_path: 
     path = cache / "activations.bin"
     size = path.stat().st_size
     with open(path, "r+b") as file:
-        for place in range(0, size, size // 50):
+        for place in range(0, size - 64, size // 50):
             file.seek(place)
             file.write(b"\x7f" * 64)
     ended = run_process("--resume", out)
@@ -175,13 +175,14 @@ def test_the_order_is_that_of_the_batches() -> None:
 def test_mistakes_in_the_options_are_said_in_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for changes, said in [
+    mistakes: list[tuple[dict[str, Any], str]] = [
         ({"cache_budget": "lots"}, "cache_budget must be a number of bytes such as 500M or 8G"),
         ({"cache": "ram", "freezeout": False}, "cache needs freezeout"),
         ({"cache": "ram", "cache_dtype": "int8"}, "cache_dtype must be one of auto, fp32"),
         ({"cache": "ram", "views": 0}, "views must be at least 1"),
         ({"cache": str(tmp_path)}, "holds other files (mine.txt)"),
-    ]:
+    ]
+    for changes, said in mistakes:
         (tmp_path / "mine.txt").write_text("")
         ended = run_here(capsys, *options(out=tmp_path / "run", **changes))
         assert ended.status == 2

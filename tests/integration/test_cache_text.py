@@ -68,7 +68,7 @@ def fine_tuned(cached: bool, shuffle: bool) -> tuple[list[float], Any, PrefixCac
         if shuffle or epoch == 0:
             seed = torch.Generator().manual_seed(epoch)
             order = torch.randperm(len(texts), generator=seed)
-        for ids in order.split(BATCH):
+        for ids in torch.split(order, BATCH):
             torch.manual_seed(freezer.step_count)
             model.train()
             inputs = dict(

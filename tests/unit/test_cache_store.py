@@ -259,7 +259,7 @@ def test_the_header_tells_what_the_records_are_of(tmp_path: Path) -> None:
     # Others: nothing is.
     model, freezer, x = frozen()
     with torch.no_grad():
-        model[0].weight[0, 0] += 1e-3  # type: ignore[index,operator,union-attr]
+        next(model.parameters())[0, 0] += 1e-3
     cache = PrefixCache(freezer, 8, where=tmp_path / "cache", depths="all", budget=10**6)
     with pytest.warns(UserWarning, match="records of other weights"):
         trained(cache, model, x)
