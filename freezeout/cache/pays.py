@@ -88,9 +88,10 @@ def _events(model: nn.Module, batch: Batch, device: torch.device) -> tuple[float
     def after(module: nn.Module, args: Any, output: Any) -> None:
         event = running.pop()
         tensors = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
-        if tensors and all(t.ndim and t.shape[0] == batch.size for t in tensors):
+        rows = [tensor for tensor in tensors if tensor.ndim and tensor.shape[0] == batch.size]
+        if rows:
             event.sizes = {}
-            for tensor in tensors:
+            for tensor in rows:
                 size = tensor.numel() // batch.size * tensor.element_size()
                 event.sizes[tensor.dtype] = event.sizes.get(tensor.dtype, 0) + size
         results.update((place(tensor), tensor) for tensor in tensors)

@@ -131,7 +131,7 @@ class PrefixCache:
             raise InvalidValue("the cache is for one process; this is one of several (DDP)")
         if sharded_modules(self._model):
             raise InvalidValue("the cache does not take a model that fully_shard was applied to")
-        self._depths = _checked_depths(depths, len(freezer.layers))
+        self._depths = self._depths_asked = _checked_depths(depths, len(freezer.layers))
         self._fold = FoldedPrefix(self._model) if fold else None
         self._placeholders = Placeholders()
         self._plans: dict[Any, Plan] = {}
@@ -305,15 +305,11 @@ class PrefixCache:
             self._turn_off(str(error))
             return self._plain(batch.args, batch.kwargs, batch.size)
         inputs = batch.checksums()
-        for _ in range(2):
+        while True:
             try:
                 return self._visit(plan, batch, numbers, keys, inputs)
-            except Damaged as found:
-                self._tell(
-                    f"{len(found.args[0])} or more stored activations are damaged; they are "
-                    "computed anew"
-                )
-        raise AssertionError("records that were dropped cannot be damaged")
+            except Damaged:  # they are dropped now
+                self._tell("some stored activations are damaged; they are computed anew")
 
     def _visit(self, plan: Plan, batch: Batch, numbers: Keys, keys: Keys, inputs: Any) -> Any:
         layout, depth = self._layouts[plan.depth], plan.depth
@@ -613,8 +609,10 @@ class PrefixCache:
             else:
                 chosen = self._paying(batch, fitting, keys)
             self._depths = frozenset(chosen)
-            if not chosen:
+            if not chosen and self._depths_asked == "auto":
                 self._turn_off("by measurement it would not save time here")
+            elif not chosen:
+                self._turn_off("no frozen layer's output has a row for each sample")
         self.stats.check_seconds += time.perf_counter() - begin
 
     def _paying(self, batch: Batch, sizes: list[int | None], keys: int) -> list[int]:
@@ -649,7 +647,7 @@ class PrefixCache:
         if state["depths"] is not None:
             self._depths = _checked_depths(state["depths"], len(mine))
             if not self._depths:
-                self.off = "by measurement it would not save time here"
+                self.off = "it was decided before that it would save nothing"
 
     def _make_store(self, where: str | Path, budget: int | None) -> Store:
         keys = self.num_samples * self.views
