@@ -15,7 +15,6 @@ from freezeout import FreezeOut, PrefixCache, Schedule
 from freezeout.cache.placeholders import tensors_within
 from freezeout.layers.trace import ExampleInputs, call_arguments
 
-
 NOTHING = "nothing there has a row for each sample"
 
 

@@ -436,7 +436,7 @@ class _Recorder:
             if isinstance(leaf, Tensor):
                 if leaf.requires_grad:
                     raise Unservable(
-                        f"a {name} of the frozen layers uses a weight that still trains (a tied "
+                        f"{name}, of the frozen layers, uses a weight that still trains (a tied "
                         "one)"
                     )
                 if leaf.layout is not torch.strided or type(leaf) is not Tensor:
