@@ -38,9 +38,3 @@ class Fingerprints:
     def forget(self) -> None:
         """The weights were changed."""
         self._found = [b""]
-
-
-def versions_of(layers: Sequence[Layer]) -> int:
-    """A number that changes when a weight is changed in place. (A norm's statistics change
-    without it; those of a frozen one stand still.)"""
-    return sum(tensor._version for layer in layers for tensor in tensors_of(layer))

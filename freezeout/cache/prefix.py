@@ -20,7 +20,7 @@ from ..freezer import FreezeOut
 from ..layers.trace import sharded_modules
 from ..schedule import whole_number
 from .files import Damaged, FileStore
-from .fingerprint import Fingerprints, versions_of
+from .fingerprint import Fingerprints, tensors_of
 from .fold import FoldedPrefix
 from .inputs import Batch, check_ids
 from .layout import Layout
@@ -140,7 +140,9 @@ class PrefixCache:
         self._verified: set[Any] = set()
         self._told: set[str] = set()
         self._numerics: Any = None
-        self._versions: tuple[int, int] | None = None
+        # Frozen layers' tensors; how many layers, and the sum of the tensors' versions.
+        self._tensors: list[Tensor] = []
+        self._watched: tuple[int, int] | None = None
         self._fingerprints = Fingerprints(freezer.layers)
         self._survey: Survey | None = None
         self._ready: set[int] = set()  # depths that the store was told of
@@ -165,7 +167,10 @@ class PrefixCache:
         """
         numbers = check_ids(ids, self.num_samples)
         keys = self._keys(numbers, view)
-        if keys is None or self.off is not None or not self.freezer.num_frozen:
+        frozen = self.freezer.num_frozen
+        if self._watched is not None and frozen < self._watched[0]:
+            self._reset()  # an earlier state was loaded: what freezes next has other weights
+        if keys is None or self.off is not None or not frozen:
             return self._plain(args, kwargs, len(numbers))
         batch = Batch(args, kwargs, len(numbers))
         try:
@@ -281,20 +286,30 @@ class PrefixCache:
         return self._precision(), batch.family
 
     def _check_weights(self, frozen: int) -> None:
-        """Frozen weights stand still; if someone changed them, what is stored is of no use."""
-        layers = self.freezer.layers
-        before, self._versions = self._versions, (frozen, versions_of(layers[:frozen]))
-        if before is None or before[0] > frozen:
+        """Frozen weights stand still; if someone changed them, what is stored is of no use. (A
+        version counts changes in place, but for a norm's statistics: those of frozen ones do not
+        change.)"""
+        known, versions = self._watched, sum(tensor._version for tensor in self._tensors)
+        if known is None or known[0] != frozen:
+            layers = self.freezer.layers[:frozen]
+            self._tensors = [tensor for layer in layers for tensor in tensors_of(layer)]
+            self._watched = frozen, sum(tensor._version for tensor in self._tensors)
+        if known is None or versions == known[1]:
             return
-        if before[1] != versions_of(layers[: before[0]]):
-            self._store.clear()
-            self._ready.clear()
-            self._plans.clear()
-            self._verified.clear()
-            self._fingerprints.forget()
-            if self._fold is not None:
-                self._fold.forget()
-            self._tell("weights of frozen layers were changed; what was stored is dropped")
+        self._reset()
+        self._watched = frozen, sum(tensor._version for tensor in self._tensors)
+        self._tell("weights of frozen layers were changed; what was stored is dropped")
+
+    def _reset(self) -> None:
+        """Drop whatever depends on weights."""
+        self._watched = None
+        self._store.clear()
+        self._ready.clear()
+        self._plans.clear()
+        self._verified.clear()
+        self._fingerprints.forget()
+        if self._fold is not None:
+            self._fold.forget()
 
     # --- serving ------------------------------------------------------------------------
 

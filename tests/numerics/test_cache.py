@@ -502,6 +502,21 @@ def test_weights_that_are_changed_behind_its_back_are_noticed() -> None:
     assert same(run, reference.steps(None))
 
 
+def test_going_back_to_an_earlier_state_drops_what_was_stored() -> None:
+    """The layers that freeze again have been trained on in the meantime."""
+    run, reference = Run(linear_net, vectors), Run(linear_net, vectors)
+    cache = run.cache()
+    states = []
+    for each, used in ((run, cache), (reference, None)):
+        each.steps(used, until=5)
+        states.append(each.freezer.state_dict())
+        each.steps(used, until=20)
+        each.freezer.load_state_dict(states[-1])
+        assert each.freezer.num_frozen == 0
+        each.steps(used)
+    assert same(run, reference)
+
+
 def test_views_are_kept_apart_and_random_ones_not_at_all() -> None:
     run = Run(linear_net, vectors)
     cache = run.cache(views=2)
