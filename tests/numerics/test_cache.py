@@ -145,6 +145,27 @@ def test_a_budget_for_some_samples_serves_those() -> None:
     assert run.losses == pytest.approx(reference.losses, rel=1e-6)
 
 
+def growing_net() -> nn.Sequential:
+    return nn.Sequential(
+        *(nn.Linear(5, 6), nn.ReLU(), nn.Linear(6, 40), nn.ReLU()),
+        *(nn.Linear(40, 80), nn.ReLU(), nn.Linear(80, CLASSES)),
+    )
+
+
+def test_a_record_that_outgrows_its_room_is_computed_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Room is set aside for the largest; here it is not, and old records lose their place."""
+    monkeypatch.setattr(PrefixCache, "_room", lambda *_: 1)
+    reference = Run(growing_net, vectors).steps(None)
+    run = Run(growing_net, vectors)
+    cache = run.cache()
+    cache._store.reserve(10**6)
+    cache._store._bytes.fill_(255)  # NaN, to whoever reads what was not written
+    run.steps(cache)
+    assert same(run, reference)
+    assert cache.stats.misses > len(run.x)
+    assert cache.stats.hits > 0
+
+
 @pytest.mark.parametrize(("dtype", "bytes_each"), [("bf16", 2), ("fp16", 2), ("fp32", 4)])
 def test_shorter_types_are_near_and_the_first_visit_is_rounded_too(
     dtype: str, bytes_each: int
