@@ -20,6 +20,7 @@ from .inputs import Batch
 from .plan import scratch
 
 _ROUNDS = 3
+_FORWARDS = 8  # passes that checking one depth takes
 _OVERHEAD = 3e-4  # seconds of a served step that depend neither on bytes nor on layers
 
 
@@ -187,33 +188,42 @@ def measure_reading(
 
 
 def best_depths(
-    seconds: Sequence[float], costs: Sequence[tuple[float, float] | None], visits: Sequence[float]
+    seconds: Sequence[float],
+    costs: Sequence[tuple[float, float] | None],
+    visits: Sequence[float],
+    batches: float,
 ) -> list[int]:
-    """The depths at which to keep activations: for each number of frozen layers, the depth up to
-    it where most is saved; none where nothing is.
+    """The depths at which to keep activations: each where moving on to it from the one before
+    saves more than it costs, in the time that is left once it is frozen.
 
     Args:
         seconds: a batch's forward pass through the first k layers.
         costs: seconds to read and to write a batch's activations there; None: they do not fit.
         visits: how often each sample will be seen once the first k layers are frozen.
+        batches: how many batches all samples make.
 
-    A sample is stored at its first visit, read at the others, and, at worst, written at each.
+    A sample is stored at its first visit and read at the others. Comparing with the real forward
+    pass takes some eight forward passes a depth, once.
 
-    >>> best_depths([0.0, 0.010, 0.020, 0.021], [None, (1e-3, 1e-3), (1e-3, 1e-3), None], [10] * 4)
+    >>> best_depths([0.0, 0.010, 0.020, 0.021], [None, (1e-3, 1e-3), (1e-3, 1e-3), None],
+    ...             [10] * 4, 100)
     [1, 2]
-    >>> best_depths([0.0, 0.010], [None, (1e-3, 1e-3)], [2, 1])
+    >>> best_depths([0.0, 0.010], [None, (1e-3, 1e-3)], [2, 1], 100)  # never seen again
+    []
+    >>> best_depths([0.0, 0.010], [None, (1e-3, 1e-3)], [10, 9], 1)  # comparing costs more
     []
     """
     chosen: list[int] = []
-    best = 0.0
+    saved = 0.0  # a batch, at the last depth chosen
+    comparing = _FORWARDS * max(seconds)
     for depth in range(1, len(seconds)):
         cost = costs[depth]
         if cost is None:
             continue
-        read, write = cost[0] + _OVERHEAD, cost[1]
-        gain = (visits[depth] - 1) * (0.98 * seconds[depth] - read) - visits[depth] * write
-        if gain > best:
-            best = gain
+        here = 0.98 * seconds[depth] - cost[0] - _OVERHEAD
+        gain = (visits[depth] - 1) * (here - saved) - cost[1]
+        if visits[depth] > 1 and batches * gain > comparing:
+            saved = here
             chosen.append(depth)
     return chosen
 

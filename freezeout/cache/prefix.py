@@ -641,7 +641,8 @@ class PrefixCache:
         costs = [measured[size] if size else None for size in sizes]
         starts = [max(freezer.step_count, end) for end in (0, *freezer.freeze_steps)]
         visits = [(freezer.total_steps - start) * batch.size / keys for start in starts]
-        return best_depths(self._survey.seconds, costs, visits[: len(sizes)])
+        batches = keys / batch.size
+        return best_depths(self._survey.seconds, costs, visits[: len(sizes)], batches)
 
     @property
     def depths(self) -> list[int] | None:

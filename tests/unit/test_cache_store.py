@@ -1,5 +1,6 @@
 """The cache's parts by themselves: layouts, checksums, stores in memory and in files."""
 
+import doctest
 import errno
 import json
 import os
@@ -14,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import freezeout.cache.pays
 from freezeout import FreezeOut, PrefixCache
 from freezeout.cache.files import Damaged, FileStore
 from freezeout.cache.inputs import Batch
@@ -333,6 +335,11 @@ def test_what_was_decided_is_saved_and_of_the_same_layers_only() -> None:
         other.load_state_dict(cache.state_dict() | {"layers": ["a"]})
     with pytest.raises(ValueError, match="no PrefixCache state"):
         other.load_state_dict({})
+
+
+def test_the_break_even_is_as_its_examples_say() -> None:
+    result = doctest.testmod(freezeout.cache.pays)
+    assert (result.failed, result.attempted) == (0, 3)
 
 
 def test_a_cache_that_would_not_pay_stays_off() -> None:
