@@ -11,13 +11,19 @@ from .errors import FreezeOutError
 from .schedule import Schedule
 
 if TYPE_CHECKING:
+    from .cache import PrefixCache
     from .freezer import FreezeOut
     from .layers import Layer, find_layers
 
 __version__ = "0.1.0"
-__all__ = ["FreezeOut", "FreezeOutError", "Layer", "Schedule", "find_layers"]
+__all__ = ["FreezeOut", "FreezeOutError", "Layer", "PrefixCache", "Schedule", "find_layers"]
 
-_HOME = {"FreezeOut": "freezer", "Layer": "layers", "find_layers": "layers"}
+_HOME = {
+    "FreezeOut": "freezer",
+    "Layer": "layers",
+    "PrefixCache": "cache",
+    "find_layers": "layers",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -27,3 +27,7 @@ class CheckpointError(FreezeOutError, ValueError):
 
 class DataError(FreezeOutError, OSError):
     """A data set that is missing, damaged or cannot be downloaded."""
+
+
+class CacheError(FreezeOutError, RuntimeError):
+    """The cache cannot go on: a served forward pass failed, or its files cannot be used."""

@@ -10,6 +10,9 @@ from ..errors import CheckpointError, InvalidType, InvalidValue
 from ..schedule import HowScale, Schedule, whole_number
 
 PRECISIONS = ("auto", "fp32", "bf16")
+CACHE_DTYPES = ("auto", "fp32", "bf16", "fp16")
+VIEWS = 4
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,8 @@ class TrainConfig:
     training), test, or none."""
     augment: bool = True
     """Random crops, and flips where a mirror image keeps its meaning."""
+    images: int | None = None
+    """Train on the first so many training images only."""
     epochs: int = 100
     """Passes over the training images."""
     steps: int | None = None
@@ -60,6 +65,17 @@ class TrainConfig:
     """Start early layers at higher rates, so that every layer's rates have the same sum."""
     const_time: bool = False
     """Train more epochs, so that the predicted time equals that of a run without freezing."""
+    cache: str = "off"
+    """Keep what frozen layers compute of each image: off, ram, auto (in memory, where measured to
+    save time), or a new folder's path."""
+    views: int | None = None
+    """Augmented versions of each image, once they are cached (4 if not given; before that, and
+    without a cache, every version is new)."""
+    cache_budget: str | None = None
+    """Bytes that cached activations may take, such as 8G (half of the free memory, or 0.9 of the
+    free disk, if not given)."""
+    cache_dtype: str = "auto"
+    """Numbers in the cache: fp32, bf16, fp16, or auto: as the network computes them."""
     seed: int = 0
     """Seed of the weights, the order of images and their augmentation."""
     device: str = "auto"
@@ -77,8 +93,9 @@ class TrainConfig:
             whole_number(name, getattr(self, name))
         if whole_number("seed", self.seed, minimum=0) >= 2**63:
             raise InvalidValue(f"seed must be below 2**63, got {self.seed}")
-        if self.steps is not None:
-            whole_number("steps", self.steps)
+        for name in ("steps", "images", "views"):
+            if getattr(self, name) is not None:
+                whole_number(name, getattr(self, name))
         check_number("lr", self.lr, 0, math.inf, above=True)
         check_number("weight_decay", self.weight_decay, 0, math.inf)
         check_number("momentum", self.momentum, 0, 1)
@@ -87,7 +104,15 @@ class TrainConfig:
             raise InvalidValue(
                 f"precision must be one of {', '.join(PRECISIONS)}, got {self.precision!r}"
             )
-        _ = self.schedule
+        _ = self.schedule, self.cache_bytes
+        if self.cache_dtype not in CACHE_DTYPES:
+            raise InvalidValue(
+                f"cache_dtype must be one of {', '.join(CACHE_DTYPES)}, got {self.cache_dtype!r}"
+            )
+        if self.cache == "":
+            raise InvalidValue("cache must be off, auto, ram or a folder, got ''")
+        if self.cache != "off" and not self.freezeout:
+            raise InvalidValue("cache needs freezeout: without it no layer is ever frozen")
         if self.const_time and (not self.freezeout or self.steps is not None):
             raise InvalidValue("const_time needs freezeout and whole epochs, not steps")
 
@@ -97,6 +122,24 @@ class TrainConfig:
         how_scale: HowScale = self.how_scale  # type: ignore[assignment]  # Schedule checks it
         schedule = Schedule(self.t_0, how_scale, self.scale_lr)
         return schedule if self.freezeout else Schedule(t_0=1)
+
+    @property
+    def cache_bytes(self) -> int | None:
+        """`cache_budget` as a number."""
+        if self.cache_budget is None:
+            return None
+        text = self.cache_budget.strip().upper().removesuffix("B")
+        unit = text[-1:] if text[-1:] in _UNITS else ""
+        try:
+            size = float(text.removesuffix(unit)) * _UNITS[unit]
+        except ValueError:
+            size = 0.0
+        if not 1 <= size < 2**62:
+            raise InvalidValue(
+                f"cache_budget must be a number of bytes such as 500M or 8G, got "
+                f"{self.cache_budget!r}"
+            )
+        return int(size)
 
     @property
     def folder(self) -> Path:

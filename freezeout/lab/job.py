@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,12 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import SGD
 
+from ..cache import PrefixCache, check_folder
 from ..cost import epochs_of_equal_cost
 from ..errors import InvalidValue
 from ..freezer import FreezeOut
 from ..profile import count_step, measure_step_costs
-from .config import TrainConfig
-from .data import ImageData, batches, eval_batches, load_data, num_batches
+from .config import VIEWS, TrainConfig
+from .data import ImageData, batches, epoch_order, eval_batches, load_data, num_batches
 from .device import choose_device, choose_precision, hardware, versions
 from .models import build_model, model_layers
 from .prediction import Prediction
@@ -72,6 +74,12 @@ class Job:
                 f"batch_size {config.batch_size} is less than one image for each of "
                 f"{ranks.size} ranks"
             )
+        if config.cache != "off" and ranks.size > 1:
+            raise InvalidValue(
+                f"cache={config.cache!r} is for one process, and this run has {ranks.size} ranks"
+            )
+        if config.cache not in ("off", "auto", "ram"):
+            check_folder(Path(config.cache))
         self.device = choose_device(config.device, ranks.local if ranks.size > 1 else None)
         if self.device.type == "cuda" and ranks.size > 1:
             torch.cuda.set_device(self.device)
@@ -91,11 +99,20 @@ class Job:
     def load_data(self) -> ImageData:
         """The images, on the device."""
         config = self.config
-        return load_data(
+        data = load_data(
             config.dataset,
             data_dir=config.data_dir,
             validate=config.validate,
             device=self.device,
+        )
+        count = len(data.train_labels) if config.images is None else config.images
+        if count > len(data.train_labels):
+            raise InvalidValue(
+                f"images must be at most {len(data.train_labels)}, all that {config.dataset} has "
+                f"for training, got {count}"
+            )
+        return replace(
+            data, train_images=data.train_images[:count], train_labels=data.train_labels[:count]
         )
 
     def build_model(self, num_classes: int) -> nn.Module:
@@ -186,9 +203,31 @@ class Job:
             example_inputs=example,
         )
 
-    def batches(self, epoch: int, start: int) -> Iterator[tuple[Tensor, Tensor, float]]:
+    def cache(self, freezer: FreezeOut) -> PrefixCache | None:
+        """The cache that the options ask for; None: they do not."""
+        config = self.config
+        if config.cache == "off":
+            return None
+        return PrefixCache(
+            freezer,
+            len(self.data.train_labels),
+            where="ram" if config.cache in ("auto", "ram") else Path(config.cache),
+            budget=config.cache_bytes,
+            dtype=None if config.cache_dtype == "auto" else config.cache_dtype,
+            views=(config.views or VIEWS) if config.augment else 1,
+            depths="auto" if config.cache == "auto" else "all",
+        )
+
+    def ids(self, epoch: int) -> Tensor:
+        """The training images' numbers in the order in which the epoch has them, on the CPU."""
+        count = len(self.data.train_labels)
+        return epoch_order(count, self.config.seed, epoch, self.data.train_images.device)
+
+    def batches(
+        self, epoch: int, start: int, view: int | None = None
+    ) -> Iterator[tuple[Tensor, Tensor, float]]:
         """This rank's share of an epoch's training batches, from batch number `start`, and the
-        weight of its mean loss (see `Ranks.share`)."""
+        weight of its mean loss (see `Ranks.share`). `view`: of each image, as `data.batches`."""
         data = self.data
         for x, y in batches(
             data.train_images,
@@ -201,6 +240,7 @@ class Job:
             augment=self.config.augment,
             flip=data.flip,
             start=start,
+            view=view,
             channels_last=self.channels_last,
         ):
             share, weight = self.ranks.share(len(y))
@@ -212,7 +252,9 @@ class Job:
             return nullcontext()
         return torch.autocast(self.device.type, torch.bfloat16)
 
-    def loss(self, model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    def loss(
+        self, model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """Cross-entropy, mean over the batch, and the logits (batch, classes)."""
         with self.autocast():
             logits = model(x)

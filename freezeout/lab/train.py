@@ -21,6 +21,7 @@ from typing import Any
 
 from ..errors import CheckpointError, FreezeOutError, InvalidValue
 from ..schedule import whole_number
+from .cached import CachedRun
 from .config import TrainConfig
 from .device import hardware
 from .display import Display
@@ -148,6 +149,8 @@ class _Loop:
         self.total_steps = job.total_steps(epochs)
         self.optimizer = job.optimizer(job.model)
         self.freezer = job.freezer(job.model, self.optimizer, self.total_steps)
+        cache = job.cache(self.freezer)
+        self.cached = None if cache is None else CachedRun(job, cache)
         self.rows: list[dict[str, Any]] = []  # finished epochs
         self.epoch = 0
         self.batch = 0  # batches done in this epoch
@@ -169,6 +172,8 @@ class _Loop:
             "freezer": self.freezer.state_dict(),
             "random": random,
         }
+        if self.cached is not None:
+            state["cache"] = self.cached.cache.state_dict()
         self.ranks.first(lambda: self.folder.save_checkpoint(state))
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -177,6 +182,8 @@ class _Loop:
             self.job.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.freezer.load_state_dict(state["freezer"])
+            if self.cached is not None:
+                self.cached.cache.load_state_dict(state["cache"])
             self.rows, self.epoch, self.batch = state["rows"], state["epoch"], state["batch"]
             if self.ranks.is_first:
                 self.sums = Sums(**state["sums"])
@@ -201,6 +208,8 @@ class _Loop:
         )
         writer = _tensorboard(job.config, path, self.epoch) if ranks.is_first else None
         self.net = ranks.wrap(job.model)
+        if self.cached is not None and self.cached.cache.depths is None:
+            self.cached.prepare()
         self.introduce(display)
         with display:
             while self.epoch < self.epochs:
@@ -218,6 +227,8 @@ class _Loop:
             display.say(freezer.summary(costs))
             if self.prediction is not None and (line := warning(self.prediction.against(freezer))):
                 display.say(line)
+        if self.cached is not None:
+            self.cached.cache.close(delete=True)
         display.say(f"run folder: {path}")
         return path
 
@@ -236,11 +247,14 @@ class _Loop:
         steps = min(job.steps_per_epoch - self.batch, self.total_steps - start)
         self.net.train()
         begin = time.perf_counter()
-        batches = job.batches(self.epoch, self.batch)
+        cached = self.cached
+        view = None if cached is None else cached.view(self.epoch)
+        batches = job.batches(self.epoch, self.batch, view)
         for number in range(steps):
             before = time.perf_counter()
             x, y, weight = next(batches)
-            loss, logits = job.loss(self.net, x, y)
+            net = self.net if cached is None else cached.net(self.epoch, self.batch)
+            loss, logits = job.loss(net, x, y)
             (loss * weight).backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             optimizer.zero_grad()
@@ -298,6 +312,7 @@ class _Loop:
             "seconds": sums.seconds,
             "step_seconds": median(sums.step_seconds),
             "images_per_second": sums.images / sums.seconds,
+            **({} if self.cached is None else self.cached.row()),
         }
 
     def seconds_left(self) -> float:
@@ -322,6 +337,8 @@ class _Loop:
                 f"layers freeze from step {freezes[0]} to step {freezes[-1]}; the largest "
                 f"starting rate is {rates * config.lr:.4g}"
             )
+        if self.cached is not None:
+            display.say(self.cached.describe())
         display.say(f"if it is stopped, go on with: {resume_command(self.folder.path)}")
 
 

@@ -30,6 +30,7 @@ HOME = {
     "FreezeOut": "freezer",
     "FreezeOutError": "errors",
     "Layer": "layers",
+    "PrefixCache": "cache",
     "Schedule": "schedule",
     "find_layers": "layers",
     "__version__": "errors",

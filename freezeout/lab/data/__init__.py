@@ -4,7 +4,7 @@
 cut it into normalised batches on the device where the images lie. No worker processes.
 """
 
-from freezeout.lab.data.batches import batches, eval_batches, num_batches
+from freezeout.lab.data.batches import batches, epoch_order, eval_batches, num_batches
 from freezeout.lab.data.images import DATASETS, VALIDATE, ImageData, load_data, load_source
 from freezeout.lab.data.sources import CIFAR10, CIFAR100, Source
 
@@ -16,6 +16,7 @@ __all__ = [
     "ImageData",
     "Source",
     "batches",
+    "epoch_order",
     "eval_batches",
     "load_data",
     "load_source",

@@ -41,14 +41,16 @@ def batches(
     augment: bool,
     flip: bool,
     start: int = 0,
+    view: int | None = None,
     dtype: torch.dtype = torch.float32,
     channels_last: bool = False,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """The batches `start`, `start + 1`, ... of an epoch: x, `dtype` (B, 3, H, W); y, int64 (B,).
 
     Each sample comes once an epoch. `augment` pads an image with 4 black pixels, crops it at a
-    random place, and with `flip` mirrors it with probability 1/2. No global random state is read
-    or changed.
+    random place, and with `flip` mirrors it with probability 1/2. With a `view`, place and mirror
+    are functions of the seed, the sample and the view, not of the epoch: the same pixels each
+    time. No global random state is read or changed.
 
     Raises InvalidValue for a batch size below 1 or a `start` outside the epoch.
     """
@@ -57,7 +59,18 @@ def batches(
         raise InvalidValue(f"start={start}; allowed: 0..{total}, the number of batches")
     normalise = _Normalise(images, mean, std, dtype, channels_last)
     # A generator function runs at the first `next`: what is wrong is reported here, before that.
-    return _epoch(images, labels, batch_size, seed, epoch, normalise, augment, flip, start)
+    return _epoch(images, labels, batch_size, seed, epoch, normalise, augment, flip, start, view)
+
+
+def epoch_order(
+    n: int,  # samples
+    seed: int,
+    epoch: int,
+    device: torch.device,
+) -> Tensor:
+    """int64 (n,) on the CPU: the samples in the order in which the epoch's batches have them."""
+    generator = _generator(seed, epoch, device)
+    return torch.randperm(n, generator=generator, device=device).cpu()
 
 
 def eval_batches(
@@ -92,14 +105,19 @@ def _epoch(
     augment: bool,
     flip: bool,
     start: int,
+    view: int | None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     n, device = len(images), images.device
     generator = _generator(seed, epoch, device)
     # The order is drawn first, so that it is the same with and without augmentation.
     order = torch.randperm(n, generator=generator, device=device)
     if augment:
+        if view is not None:
+            generator = _generator(seed, f"view {view}", device)
         shifts = torch.randint(2 * PAD + 1, (2, n), generator=generator, device=device)
         flips = torch.randint(2, (n,), generator=generator, device=device).bool()
+        if view is not None:  # drawn by sample, not by place
+            shifts, flips = shifts[:, order], flips[order]
         crop = _Crop(images, min(batch_size, n))
     for first in range(start * batch_size, n, batch_size):
         samples = order[first : first + batch_size]
@@ -112,7 +130,7 @@ def _epoch(
         yield normalise(x), labels.index_select(0, samples)
 
 
-def _generator(seed: int, epoch: int, device: torch.device) -> torch.Generator:
+def _generator(seed: int, epoch: int | str, device: torch.device) -> torch.Generator:
     # Hashed, because seed + epoch would give run 0's epoch 1 to run 1 as its epoch 0.
     digest = hashlib.sha256(f"{seed} {epoch}".encode()).digest()
     return torch.Generator(device).manual_seed(int.from_bytes(digest[:8]) >> 1)

@@ -1,0 +1,144 @@
+"""One batch as the model takes it: its samples, how to cut it, and a checksum of each sample."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten_with_path, tree_unflatten
+
+from ..errors import InvalidType, InvalidValue
+
+_LOOKED_AT = 512  # elements of a sample that its checksum covers, evenly spread
+_MASK = "attention_mask"
+_LABELS = ("labels", "label", "label_ids", "targets", "target", "next_sentence_label")
+
+
+class Batch:
+    """The arguments of one call. A tensor whose first size is the number of ids has a row for
+    each sample; any other is the same for all.
+
+    Attributes:
+        size: samples.
+        lengths: true length of each sample's sequence, (B,), where an `attention_mask` (B, T)
+            says so; None otherwise.
+        kind: equal for two batches that differ in the number of samples and in values only.
+        family: equal for two batches that may differ in sizes as well.
+    """
+
+    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any], size: int) -> None:
+        self.args, self.kwargs, self.size = args, kwargs, size
+        pairs, self._tree = tree_flatten_with_path((args, kwargs))
+        self._names = [str(getattr(path[-1], "key", "")) if path else "" for path, _ in pairs]
+        self._leaves = [leaf for _, leaf in pairs]
+        self._rows = [
+            isinstance(leaf, Tensor) and leaf.ndim > 0 and leaf.shape[0] == size
+            for leaf in self._leaves
+        ]
+        self.lengths: Tensor | None = None
+        self.time = 0  # T, where there are lengths
+        self.left_padded = False
+        mask = kwargs.get(_MASK)
+        if isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[0] == size:
+            self._read_mask(mask)
+        self.kind = (self._tree, tuple(map(self._sized, self._leaves, self._rows)))
+        self.family = (self._tree, tuple(map(_unsized, self._leaves)))
+
+    def _read_mask(self, mask: Tensor) -> None:
+        mask = mask.detach().cpu() != 0
+        self.time = mask.shape[1]
+        self.lengths = mask.sum(1)
+        expected = torch.arange(self.time)[None] < self.lengths[:, None]
+        self.left_padded = not torch.equal(expected, mask)
+
+    @staticmethod
+    def _sized(leaf: Any, has_rows: bool) -> Any:
+        if isinstance(leaf, Tensor):
+            shape = leaf.shape[1:] if has_rows else leaf.shape
+            return has_rows, tuple(shape), leaf.dtype, leaf.device, leaf.requires_grad
+        return _plain(leaf)
+
+    @property
+    def has_rows(self) -> bool:
+        """Whether any argument has a row for each sample."""
+        return any(self._rows)
+
+    def rows(self, chosen: Any) -> "Batch":
+        """The same call with some of the samples only, given by their places."""
+        index = torch.as_tensor(np.asarray(chosen), dtype=torch.int64)
+        leaves = [
+            leaf.index_select(0, index.to(leaf.device)) if has_rows else leaf
+            for leaf, has_rows in zip(self._leaves, self._rows, strict=True)
+        ]
+        args, kwargs = tree_unflatten(leaves, self._tree)
+        return Batch(args, kwargs, len(index))
+
+    def checksums(self) -> np.ndarray[Any, np.dtype[np.int64]]:
+        """(B,): one number a sample, of the inputs' bits; labels do not count, nor does padding."""
+        total = torch.zeros(self.size, dtype=torch.int64)
+        for name, leaf, has_rows in zip(self._names, self._leaves, self._rows, strict=True):
+            if has_rows and name not in _LABELS:
+                total += 31 * total + _row_sums(leaf.detach(), self.lengths, self.time).cpu()
+        return total.numpy()
+
+
+def check_ids(ids: Any, num_samples: int) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """The ids as an array (B,). InvalidValue, InvalidType unless integers in 0..num_samples-1."""
+    if isinstance(ids, Tensor):
+        ids = ids.detach().cpu().numpy()
+    array = np.asarray(ids)
+    if array.ndim != 1 or array.dtype.kind not in "iu" or array.size == 0:
+        raise InvalidType(
+            "ids must be integers, one for each sample of the batch, got "
+            f"{array.dtype} of shape {array.shape}"
+        )
+    array = array.astype(np.int64)
+    low, high = int(array.min()), int(array.max())
+    if low < 0 or high >= num_samples:
+        wrong = low if low < 0 else high
+        raise InvalidValue(
+            f"id {wrong} is out of range: num_samples={num_samples} allows 0..{num_samples - 1}"
+        )
+    return array
+
+
+def _row_sums(
+    leaf: Tensor,  # (B, ...)
+    lengths: Tensor | None,
+    time: int,
+) -> Tensor:
+    """(B,) int64: weighted sums of the bits, modulo 2**64."""
+    if lengths is not None and leaf.ndim >= 2 and leaf.shape[1] == time:
+        inside = (torch.arange(time)[None] < lengths[:, None]).to(leaf.device)
+        flat = leaf.flatten(2)[:, :, :8] if leaf.ndim > 2 else leaf[:, :, None]
+        bits = (_bits(flat.contiguous()) * inside[:, :, None]).flatten(1)
+    else:
+        flat = leaf.reshape(len(leaf), -1)
+        step = max(1, flat.shape[1] // _LOOKED_AT)
+        bits = _bits(flat[:, ::step].contiguous())
+    # Odd multipliers that depend on the place alone, so that order counts.
+    weights = torch.arange(bits.shape[1], device=bits.device) * 0x9E3779B97F4A7C1 * 2 + 1
+    return (bits * weights).sum(1)
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    """Each element's bits as int64, mixed so that their sum depends on all of them."""
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor).flatten(-2)
+    if tensor.is_floating_point():
+        whole = {2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
+        tensor = tensor.view(whole)
+    mixed = tensor.to(torch.int64) * 0x2545F4914F6CDD1D
+    return mixed ^ (mixed >> 29)
+
+
+def _unsized(leaf: Any) -> Any:
+    return (leaf.ndim, leaf.dtype, leaf.device) if isinstance(leaf, Tensor) else _plain(leaf)
+
+
+def _plain(leaf: Any) -> Any:
+    try:
+        hash(leaf)
+    except TypeError:
+        return type(leaf), id(leaf)
+    return type(leaf), leaf

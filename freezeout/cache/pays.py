@@ -1,0 +1,244 @@
+"""Where a cache pays: seconds of the frozen layers against seconds of reading their output."""
+
+import os
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from ..layers import Layer
+from ..layers.trace import _uncompiled
+from .inputs import Batch
+from .plan import scratch
+
+_ROUNDS = 3
+_FORWARDS = 8  # passes that checking one depth takes
+_OVERHEAD = 3e-4  # seconds of a served step that depend neither on bytes nor on layers
+
+
+@dataclass(frozen=True)
+class Survey:
+    """Of one batch, for each depth 0 ... n - 1.
+
+    Attributes:
+        seconds: of the first k layers, forward.
+        sizes: bytes of one sample's activation behind them, by type; None: it has no row a
+            sample, or nothing is called there.
+    """
+
+    seconds: list[float]
+    sizes: list[dict[torch.dtype, int] | None]
+
+    def bytes_at(self, depth: int, dtype: torch.dtype | None) -> int | None:
+        """Of one sample's record."""
+        found = self.sizes[depth]
+        if found is None:
+            return None
+        total = 0
+        for own, size in found.items():
+            if dtype is not None and own.is_floating_point and dtype.itemsize < own.itemsize:
+                size = size // own.itemsize * dtype.itemsize
+            total += size
+        return total
+
+
+@dataclass
+class _Event:
+    module: nn.Module
+    parent: "_Event | None"
+    sizes: dict[torch.dtype, int] | None = None
+    end: float = 0.0
+    takes_results: bool = False
+
+
+def survey(model: nn.Module, layers: Sequence[Layer], batch: Batch, device: torch.device) -> Survey:
+    """Run the model a few times, in evaluation mode and leaving no mark on it."""
+    passes = []
+    for _ in range(1 + _ROUNDS):
+        begin, events = _events(model, batch, device)
+        passes.append(_by_depth(begin, events, layers))
+    seconds = [median(each[0][k] for each in passes[1:]) for k in range(len(layers))]
+    # A little timing noise must not make a deeper frontier cheaper.
+    for k in range(1, len(seconds)):
+        seconds[k] = max(seconds[k], seconds[k - 1])
+    return Survey(seconds, passes[-1][1])
+
+
+def _events(model: nn.Module, batch: Batch, device: torch.device) -> tuple[float, list[_Event]]:
+    events: list[_Event] = []
+    running: list[_Event] = []
+    results: dict[Any, Tensor] = {}
+
+    def place(tensor: Tensor) -> Any:
+        return tensor.data_ptr(), tensor.shape
+
+    def before(module: nn.Module, args: Any, kwargs: Any) -> None:
+        event = _Event(module, running[-1] if running else None)
+        taken = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        event.takes_results = bool(taken) and all(place(tensor) in results for tensor in taken)
+        running.append(event)
+
+    def after(module: nn.Module, args: Any, output: Any) -> None:
+        event = running.pop()
+        tensors = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
+        rows = [tensor for tensor in tensors if tensor.ndim and tensor.shape[0] == batch.size]
+        if rows:
+            event.sizes = {}
+            for tensor in rows:
+                size = tensor.numel() // batch.size * tensor.element_size()
+                event.sizes[tensor.dtype] = event.sizes.get(tensor.dtype, 0) + size
+        results.update((place(tensor), tensor) for tensor in tensors)
+        _wait(device)
+        event.end = time.perf_counter()
+        events.append(event)
+
+    with ExitStack() as stack:
+        stack.enter_context(scratch(model))
+        stack.enter_context(_uncompiled())
+        for module in model.modules():
+            stack.callback(setattr, module, "training", module.training)
+        model.eval()
+        for module in model.modules():
+            for handle in (
+                module.register_forward_pre_hook(before, prepend=True, with_kwargs=True),
+                module.register_forward_hook(after),
+            ):
+                stack.callback(handle.remove)
+        _wait(device)
+        begin = time.perf_counter()
+        with torch.no_grad():
+            model(*batch.args, **batch.kwargs)
+    return begin, events
+
+
+def _by_depth(
+    begin: float, events: list[_Event], layers: Sequence[Layer]
+) -> tuple[list[float], list[dict[torch.dtype, int] | None]]:
+    number = {module: i for i, layer in enumerate(layers) for module in layer.modules}
+    # The layer after which all of a module is frozen.
+    whole = {
+        event.module: max(number.get(part, len(layers)) for part in event.module.modules())
+        for event in events
+    }
+    counted = {event.module: next(event.module.parameters(), None) is not None for event in events}
+    seconds: list[float] = [0.0]
+    sizes: list[dict[torch.dtype, int] | None] = [None]
+    for depth in range(1, len(layers)):
+        last: _Event | None = None
+        for event in events:
+            outermost = event.parent is None or whole.get(event.parent.module, depth) >= depth
+            matters = counted[event.module] or (event.takes_results and last is not None)
+            if whole[event.module] < depth and outermost and matters:
+                last = event
+        seconds.append(seconds[-1] if last is None else last.end - begin)
+        sizes.append(None if last is None else last.sizes)
+    return seconds, sizes
+
+
+def measure_reading(
+    count: int, samples: int, device: torch.device, folder: Path | None, total: int
+) -> tuple[float, float]:
+    """Seconds to read, and to write, a batch of `samples` records of `count` bytes.
+
+    Args:
+        folder: of the files; None: they are in memory.
+        total: bytes of all records: if the memory will not hold them, the disk is measured.
+    """
+    from .store import memory_available
+
+    rows = torch.zeros(4 * samples, count, dtype=torch.uint8)
+    chosen = torch.randperm(len(rows))[:samples]
+    batch = rows[:samples].clone().to(device)
+
+    def read() -> None:
+        rows.index_select(0, chosen).to(device)
+
+    def write() -> None:
+        rows.index_copy_(0, chosen, batch.cpu())
+
+    reading, writing = _seconds(read, device), _seconds(write, device)
+    if folder is not None:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            number = file.fileno()
+            data = rows[:samples].numpy().data
+
+            def to_disk() -> None:
+                os.pwrite(number, data, 0)
+
+            writing += _seconds(to_disk, device)
+            if total > memory_available() // 2:
+                os.fsync(number)
+                times = []
+                for _ in range(_ROUNDS):
+                    if hasattr(os, "posix_fadvise"):
+                        os.posix_fadvise(number, 0, 0, os.POSIX_FADV_DONTNEED)
+                    start = time.perf_counter()
+                    os.pread(number, samples * count, 0)
+                    times.append(time.perf_counter() - start)
+                reading += median(times)
+    return reading, writing
+
+
+def best_depths(
+    seconds: Sequence[float],
+    costs: Sequence[tuple[float, float] | None],
+    visits: Sequence[float],
+    batches: float,
+) -> list[int]:
+    """The depths at which to keep activations: each where moving on to it from the one before
+    saves more than it costs, in the time that is left once it is frozen.
+
+    Args:
+        seconds: a batch's forward pass through the first k layers.
+        costs: seconds to read and to write a batch's activations there; None: they do not fit.
+        visits: how often each sample will be seen once the first k layers are frozen.
+        batches: how many batches all samples make.
+
+    A sample is stored at its first visit and read at the others. Comparing with the real forward
+    pass takes some eight forward passes a depth, once.
+
+    >>> best_depths([0.0, 0.010, 0.020, 0.021], [None, (1e-3, 1e-3), (1e-3, 1e-3), None],
+    ...             [10] * 4, 100)
+    [1, 2]
+    >>> best_depths([0.0, 0.010], [None, (1e-3, 1e-3)], [2, 1], 100)  # never seen again
+    []
+    >>> best_depths([0.0, 0.010], [None, (1e-3, 1e-3)], [10, 9], 1)  # comparing costs more
+    []
+    """
+    chosen: list[int] = []
+    saved = 0.0  # a batch, at the last depth chosen
+    comparing = _FORWARDS * max(seconds)
+    for depth in range(1, len(seconds)):
+        cost = costs[depth]
+        if cost is None:
+            continue
+        here = 0.98 * seconds[depth] - cost[0] - _OVERHEAD
+        gain = (visits[depth] - 1) * (here - saved) - cost[1]
+        if visits[depth] > 1 and batches * gain > comparing:
+            saved = here
+            chosen.append(depth)
+    return chosen
+
+
+def _seconds(work: Callable[[], object], device: torch.device) -> float:
+    times = []
+    for _ in range(1 + _ROUNDS):
+        _wait(device)
+        start = time.perf_counter()
+        work()
+        _wait(device)
+        times.append(time.perf_counter() - start)
+    return median(times[1:])
+
+
+def _wait(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)

@@ -1,0 +1,717 @@
+"""`PrefixCache`: what the frozen layers computed of each sample, kept and served."""
+
+import shutil
+import time
+import warnings
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from ..errors import CacheError, CheckpointError, InvalidType, InvalidValue
+from ..freezer import FreezeOut
+from ..layers.trace import sharded_modules
+from ..schedule import whole_number
+from .files import Damaged, FileStore
+from .fingerprint import Fingerprints, tensors_of
+from .fold import FoldedPrefix
+from .inputs import Batch, check_ids
+from .layout import Layout
+from .pays import Survey, best_depths, measure_reading, survey
+from .placeholders import Placeholders, Unservable, reason_of
+from .plan import Plan, check_plan, close, make_plan, scratch
+from .store import ALIGNMENT, Keys, Store, memory_available
+
+DTYPES = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+}
+_RESERVED = ("gpu", "cuda", "cpu", "memory", "auto", "off", "disk", "")
+_TRIES = 4  # depths tried at one move of the frontier, from the deepest on
+
+
+@dataclass
+class CacheStats:
+    """What the cache has done since it was made, or since the last `take()`.
+
+    Attributes:
+        hits: samples whose stored activation was served as it was.
+        advanced: samples taken on from an earlier depth.
+        misses: samples computed from the input.
+        bypassed: samples of batches that the cache had no part in.
+        read_seconds, write_seconds: spent on the store.
+        check_seconds: spent on plans and on comparing with the real forward pass.
+    """
+
+    hits: int = 0
+    advanced: int = 0
+    misses: int = 0
+    bypassed: int = 0
+    read_seconds: float = 0.0
+    write_seconds: float = 0.0
+    check_seconds: float = 0.0
+
+    def take(self) -> "CacheStats":
+        """A copy, everything here back at zero."""
+        copy = CacheStats(**vars(self))
+        for field in fields(self):
+            setattr(self, field.name, field.default)
+        return copy
+
+
+class PrefixCache:
+    """Keeps what the frozen layers compute of each sample, and serves it in their place.
+
+        cache = PrefixCache(freezer, num_samples=len(dataset))
+        for x, y, ids in batches:
+            criterion(cache(x, ids=ids), y).backward()
+            ...
+            freezer.step()
+
+    `cache(x, ids=ids)` returns what `model(x)` would. Where frozen layers cannot be skipped
+    safely, it calls the model, and a warning says why. Whatever is served has been compared with
+    the real forward pass, in the first batch of each kind at each depth.
+
+    Args:
+        freezer: over the model.
+        num_samples: of the data set; ids are 0 ... num_samples - 1.
+        where: "ram", "device" (the accelerator's memory), or the path of a folder, which is
+            reused by a later process that has the same frozen weights.
+        budget: bytes that activations may take; None: half of the memory, or nine tenths of the
+            disk, that is free. Samples beyond it are computed anew each time.
+        dtype: "fp32", "bf16" or "fp16" for activations in store; None: the type they have.
+        views: different versions of each sample's input, told by `view`.
+        depths: at which depths (numbers of frozen layers) to keep activations. "auto": where
+            measurements, made once, say that it pays and fits; "all": where it fits; or the
+            depths themselves.
+        fold: fold frozen BatchNorms into convolutions where frozen layers are computed (first
+            visits, samples beyond the budget, view=None). Their results then differ in the last
+            bits from the model's own.
+
+    Raises:
+        InvalidValue, InvalidType: arguments out of range, a folder that holds other files or is
+            in use, or several processes (each sees other samples in each epoch).
+        CacheError: the folder cannot be written.
+    """
+
+    def __init__(
+        self,
+        freezer: FreezeOut,
+        num_samples: int,
+        *,
+        where: str | Path = "ram",
+        budget: int | None = None,
+        dtype: str | None = None,
+        views: int = 1,
+        depths: str | Iterable[int] = "auto",
+        fold: bool = False,
+    ) -> None:
+        if not isinstance(freezer, FreezeOut):
+            raise InvalidType(f"freezer must be a FreezeOut, got {type(freezer).__name__}")
+        self.freezer = freezer
+        self.num_samples = whole_number("num_samples", num_samples)
+        self.views = whole_number("views", views)
+        if dtype is not None and dtype not in DTYPES:
+            raise InvalidValue(f"dtype must be None, {', '.join(DTYPES)}, got {dtype!r}")
+        if budget is not None:
+            whole_number("budget", budget)
+        self.dtype = dtype
+        self.stats = CacheStats()
+        self._model = freezer.model
+        self._device = next(self._model.parameters()).device
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            raise InvalidValue("the cache is for one process; this is one of several (DDP)")
+        if sharded_modules(self._model):
+            raise InvalidValue("the cache does not take a model that fully_shard was applied to")
+        self._depths = self._depths_asked = _checked_depths(depths, len(freezer.layers))
+        self._fold = FoldedPrefix(self._model) if fold else None
+        self._placeholders = Placeholders()
+        self._plans: dict[Any, Plan] = {}
+        self._refused: dict[Any, str] = {}
+        self._layouts: dict[int, Layout] = {}
+        self._verified: set[Any] = set()
+        self._told: set[str] = set()
+        self._numerics: Any = None
+        # Frozen layers' tensors; how many layers, and the sum of the tensors' versions.
+        self._tensors: list[Tensor] = []
+        self._watched: tuple[int, int] | None = None
+        self._fingerprints = Fingerprints(freezer.layers)
+        self._survey: Survey | None = None
+        self._ready: set[int] = set()  # depths that the store was told of
+        self._writes = True
+        self.off: str | None = None  # why the cache is off for good
+        self._store = self._make_store(where, budget)
+
+    # --- calling ------------------------------------------------------------------------
+
+    def __call__(self, *args: Any, ids: Any, view: Any = 0, **kwargs: Any) -> Any:
+        """The model's output for these arguments.
+
+        Args:
+            ids: the samples' numbers, (batch,); a number stands for the same input each time.
+            view: which version of the samples this is, a number for all or one for each; None:
+                one that will not come again (random augmentation), so nothing is kept of it.
+
+        Raises:
+            InvalidValue, InvalidType: ids or views out of range, or a sample whose input is not
+                what it was.
+            CacheError: a served forward pass failed where earlier ones did not.
+        """
+        numbers = check_ids(ids, self.num_samples)
+        keys = self._keys(numbers, view)
+        frozen = self.freezer.num_frozen
+        if self._watched is not None and frozen < self._watched[0]:
+            self._reset()  # an earlier state was loaded: what freezes next has other weights
+        if keys is None or self.off is not None or not frozen:
+            return self._plain(args, kwargs, len(numbers))
+        batch = Batch(args, kwargs, len(numbers))
+        try:
+            plan = self._plan_for(batch)
+        except Unservable as refusal:
+            self._tell(f"a batch is not cached: {refusal}")
+            plan = None
+        if plan is None:
+            return self._plain(args, kwargs, len(numbers))
+        return self._cached(plan, batch, numbers, keys)
+
+    def _plain(self, args: tuple[Any, ...], kwargs: dict[str, Any], samples: int) -> Any:
+        self.stats.bypassed += samples
+        with self._folding():
+            return self._model(*args, **kwargs)
+
+    def _folding(self, *plans: Plan | None) -> AbstractContextManager[None]:
+        """Fold norms, if asked to, but in what the plans have to see called."""
+        if self._fold is None:
+            return nullcontext()
+        called = {module for plan in plans if plan is not None for module in plan.modules}
+        return self._fold(self.freezer.layers[: self.freezer.num_frozen], called)
+
+    def _keys(self, numbers: Keys, view: Any) -> Keys | None:
+        if view is None:
+            return None
+        if isinstance(view, Tensor):
+            view = view.detach().cpu().numpy()
+        views = np.asarray(view)
+        if views.dtype.kind not in "iu" or views.shape not in ((), numbers.shape):
+            raise InvalidType("view must be an integer, or one for each sample, or None")
+        if views.min() < 0 or views.max() >= self.views:
+            raise InvalidValue(
+                f"view {views.max() if views.max() >= self.views else views.min()} is out of "
+                f"range: views={self.views} allows 0..{self.views - 1}"
+            )
+        keys: Keys = numbers * self.views + views.astype(np.int64)
+        return keys
+
+    # --- plans --------------------------------------------------------------------------
+
+    def _plan_for(self, batch: Batch) -> Plan | None:
+        """For the deepest frontier that can be served; None if there is none."""
+        frozen = self.freezer.num_frozen
+        self._check_weights(frozen)
+        if not batch.has_rows:
+            raise Unservable("no argument has a row for each id")
+        if batch.left_padded:
+            raise Unservable("attention_mask pads on the left; only padding on the right is served")
+        numerics = self._numerics_of(batch)
+        if self._numerics is None:
+            self._numerics = numerics
+        if numerics != self._numerics:
+            raise Unservable(
+                "the call differs in precision or in options from the first one that was cached"
+            )
+        if self._survey is None:
+            self._decide(batch)
+            if self.off is not None:
+                return None
+        tries = 0
+        for depth in range(frozen, 0, -1):
+            if not self._is_wanted(depth) or (depth, batch.family) in self._refused:
+                continue
+            if tries == _TRIES:
+                break
+            tries += 1
+            plan = self._plan_at(depth, batch)
+            if plan is not None:
+                return plan
+        return None
+
+    def _is_wanted(self, depth: int) -> bool:
+        return depth in self._depths
+
+    def _plan_at(self, depth: int, batch: Batch) -> Plan | None:
+        """The plan for this kind of batch, made if it has to be; None: refused, and said."""
+        modes = (self._model.training, torch.is_grad_enabled())
+        kind, family = (depth, modes, batch.kind), (depth, modes, batch.family)
+        plan = self._plans.get(kind)
+        if plan is not None and plan.only_size in (None, batch.size):
+            return plan
+        begin = time.perf_counter()
+        sibling = self._plans.get(family)
+        if sibling is not None and sibling.only_size is not None:
+            sibling = None
+        try:
+            plan = make_plan(
+                self._model, self.freezer.layers, depth, batch, self._placeholders, sibling
+            )
+            layout = Layout(plan, batch, DTYPES[self.dtype] if self.dtype else None)
+            known = self._layouts.setdefault(depth, layout)
+            self._store.check_layout(depth, layout.describe())
+            if known.describe() != layout.describe():
+                raise Unservable("what the frozen layers return has another shape than before")
+        except Unservable as refusal:
+            self._refuse(depth, batch, str(refusal))
+            return None
+        finally:
+            self.stats.check_seconds += time.perf_counter() - begin
+        self._plans[kind] = plan
+        if plan.only_size is None:
+            self._plans.setdefault(family, plan)
+        return plan
+
+    def _refuse(self, depth: int, batch: Batch, reason: str) -> None:
+        self._refused[depth, batch.family] = reason
+        layer = self.freezer.layers[depth - 1].name
+        self._tell(f"nothing is cached behind layer {layer!r}: {reason}")
+
+    def _numerics_of(self, batch: Batch) -> Any:
+        """What decides the bits of the frozen layers' results beside weights and inputs."""
+        return self._precision(), batch.family
+
+    def _check_weights(self, frozen: int) -> None:
+        """Frozen weights stand still; if someone changed them, what is stored is of no use. (A
+        version counts changes in place, but for a norm's statistics: those of frozen ones do not
+        change.)"""
+        known, versions = self._watched, sum(tensor._version for tensor in self._tensors)
+        if known is None or known[0] != frozen:
+            layers = self.freezer.layers[:frozen]
+            self._tensors = [tensor for layer in layers for tensor in tensors_of(layer)]
+            self._watched = frozen, sum(tensor._version for tensor in self._tensors)
+        if known is None or versions == known[1]:
+            return
+        self._reset()
+        self._watched = frozen, sum(tensor._version for tensor in self._tensors)
+        self._tell("weights of frozen layers were changed; what was stored is dropped")
+
+    def _reset(self) -> None:
+        """Drop whatever depends on weights."""
+        self._watched = None
+        self._store.clear()
+        self._ready.clear()
+        self._plans.clear()
+        self._verified.clear()
+        self._fingerprints.forget()
+        if self._fold is not None:
+            self._fold.forget()
+
+    # --- serving ------------------------------------------------------------------------
+
+    def _cached(self, plan: Plan, batch: Batch, numbers: Keys, keys: Keys) -> Any:
+        try:
+            self._begin(plan.depth, batch)
+        except CacheError as error:
+            self._turn_off(str(error))
+            return self._plain(batch.args, batch.kwargs, batch.size)
+        inputs = batch.checksums()
+        while True:
+            try:
+                return self._visit(plan, batch, numbers, keys, inputs)
+            except Damaged:  # they are dropped now
+                self._tell("some stored activations are damaged; they are computed anew")
+
+    def _visit(self, plan: Plan, batch: Batch, numbers: Keys, keys: Keys, inputs: Any) -> Any:
+        layout, depth = self._layouts[plan.depth], plan.depth
+        held = self._held(keys, numbers, inputs, depth)
+        starts = set(held.tolist())
+        if starts == {depth}:
+            tensors = self._read(depth, batch, keys)
+            self.stats.hits += batch.size
+            return self._serve(plan, batch, tensors)
+        fits = np.zeros(batch.size, bool)
+        if self._writes:
+            lengths = self._lengths(batch)
+            needed = [layout.bytes_of(length) for length in lengths]
+            room = [self._room(length, batch.time) for length in lengths]
+            fits = self._store.set_aside(keys, needed, room)
+            held[self._store.depths(keys) == 0] = 0  # their room was too small
+            if not fits.all():
+                self._tell(
+                    f"the budget of {self._store.budget:,} bytes is used up; further samples are "
+                    "computed anew each time"
+                )
+        starts = set(held.tolist())
+        if starts == {0} and not fits.any():
+            return self._plain(batch.args, batch.kwargs, batch.size)
+        if len(starts) == 1:
+            return self._compute(plan, batch, keys, inputs, int(held[0]), fits)
+        return self._mixed(plan, batch, keys, inputs, held, fits)
+
+    def _held(self, keys: Keys, numbers: Keys, inputs: Any, depth: int) -> Any:
+        """The depth of each key's record; 0 where there is none, or none of use."""
+        if len(set(keys.tolist())) != len(keys):
+            _check_repeated(numbers, keys, inputs)
+        held = self._store.depths(keys).copy()
+        changed = np.flatnonzero((held > 0) & (self._store.index["input"][keys] != inputs))
+        if len(changed):
+            raise InvalidValue(
+                f"the input of sample {numbers[changed[0]]} is not what it was when its "
+                "activation was stored: the data set changed, ids name other samples than before, "
+                "or augmentation is random (pass view=, of a finite set, or view=None)"
+            )
+        for start in set(held.tolist()) - {0}:
+            if start > depth or start not in self._ready:
+                held[held == start] = 0
+        return held
+
+    def _lengths(self, batch: Batch) -> list[int]:
+        return [0] * batch.size if batch.lengths is None else batch.lengths.tolist()
+
+    def _room(self, length: int, time: int) -> int:
+        """For a record at any depth that is wanted."""
+        assert self._survey is not None
+        dtype = DTYPES[self.dtype] if self.dtype else None
+        sizes = [self._survey.bytes_at(d, dtype) or 0 for d in self._wanted()]
+        largest = max(sizes, default=0)
+        return -(-largest * length // time) if time else largest
+
+    def _wanted(self) -> list[int]:
+        """Depths that are kept and that the schedule reaches."""
+        deepest = sum(end < self.freezer.total_steps for end in self.freezer.freeze_steps)
+        return [d for d in range(1, deepest + 1) if self._is_wanted(d)]
+
+    def _begin(self, depth: int, batch: Batch) -> None:
+        if depth in self._ready:
+            return
+        store, frozen = self._store, self.freezer.num_frozen
+        if not store.is_reserved:
+            longest = batch.time if batch.lengths is not None else 0
+            room = -(-self._room(longest, batch.time) // ALIGNMENT) * ALIGNMENT
+            store.reserve(len(store.index) * room)
+        if not self._ready:  # what another process has left
+            for other in sorted({int(d) for d in np.unique(store.index["depth"])} - {0, depth}):
+                if other <= frozen and store.resume_depth(other, self._fingerprint(other)):
+                    self._ready.add(other)
+        store.begin_depth(depth, self._fingerprint(depth), self._layouts[depth].describe())
+        self._ready.add(depth)
+        if store.news is not None:
+            self._tell(store.news)
+            store.news = None
+
+    def _fingerprint(self, depth: int) -> str:
+        if not isinstance(self._store, FileStore):
+            return ""
+        return f"{self._fingerprints.at(depth)} {self._precision()} torch {torch.__version__}"
+
+    def _precision(self) -> str:
+        kind = self._device.type
+        autocast = torch.is_autocast_enabled(kind)
+        return str(torch.get_autocast_dtype(kind) if autocast else "no autocast")
+
+    def _read(self, depth: int, batch: Batch, keys: Keys) -> list[Tensor]:
+        begin = time.perf_counter()
+        layout = self._layouts[depth]
+        if layout.is_ragged:
+            tensors = layout.from_records(self._store.read(keys), self._lengths(batch), batch.time)
+        else:
+            tensors = layout.from_rows(self._store.read_rows(keys))
+        self.stats.read_seconds += time.perf_counter() - begin
+        return tensors
+
+    def _write(
+        self, depth: int, batch: Batch, keys: Keys, inputs: Any, fits: Any, tensors: list[Tensor]
+    ) -> None:
+        begin = time.perf_counter()
+        layout = self._layouts[depth]
+        if layout.overflows(tensors):
+            self._turn_off("an activation is too large for fp16; use bf16 or fp32")
+            return
+        rows = np.flatnonzero(fits)
+        try:
+            if len(rows) and layout.is_ragged:
+                records = layout.to_records(tensors, self._lengths(batch))
+                self._store.write(keys[rows], [records[i] for i in rows], depth, inputs[rows])
+            elif len(rows):
+                whole = layout.to_rows(tensors)
+                chosen = whole
+                if len(rows) < len(whole):
+                    chosen = whole[torch.from_numpy(rows).to(whole.device)]
+                self._store.write_rows(keys[rows], chosen, depth, inputs[rows])
+        except OSError as error:
+            self._writes = False
+            self._tell(f"cannot write to the cache ({error.strerror}); nothing more is stored")
+        self.stats.write_seconds += time.perf_counter() - begin
+
+    def _serve(self, plan: Plan, batch: Batch, tensors: list[Tensor]) -> Any:
+        """The model's output from what is stored, which is compared with the real forward pass
+        if it is the first of its kind."""
+        family = (plan.depth, self._model.training, torch.is_grad_enabled(), batch.family)
+        if family not in self._verified:
+            begin = time.perf_counter()
+            try:
+                self._verify(plan, batch, tensors)
+            except Unservable as refusal:
+                self._turn_off(str(refusal))
+                return self._plain(batch.args, batch.kwargs, batch.size)
+            finally:
+                self.stats.check_seconds += time.perf_counter() - begin
+            self._verified.add(family)
+        try:
+            return plan.run(batch, tensors)
+        except Exception as error:
+            raise self._failed(error) from error
+
+    def _verify(self, plan: Plan, batch: Batch, tensors: list[Tensor]) -> None:
+        """Unservable unless the stored tensors are the real ones, up to summation order and the
+        type they are stored in, and the model does the same with real ones bit for bit."""
+        layout = self._layouts[plan.depth]
+        with scratch(self._model):
+            real = plan.prefix(batch)
+        if not layout.is_ragged:
+            rounded = layout.from_rows(layout.to_rows(real))
+        else:
+            lengths = self._lengths(batch)
+            rounded = layout.from_records(layout.to_records(real, lengths), lengths, batch.time)
+        for stored, computed in zip(tensors, rounded, strict=True):
+            exact = not layout.is_lossy and self._fold is None
+            if not (close(stored, computed) if exact else _near(stored, computed)):
+                raise Unservable("what is stored is not what the frozen layers compute")
+        check_plan(plan, self._model, batch, real if layout.is_lossy else rounded)
+
+    def _compute(
+        self, plan: Plan, batch: Batch, keys: Keys, inputs: Any, start: int, fits: Any
+    ) -> Any:
+        """One ordinary pass, from the input or from an earlier depth's activations, in which what
+        passes the frontier is stored."""
+        layout = self._layouts[plan.depth]
+
+        def take(tensors: list[Tensor]) -> list[Tensor]:
+            self._write(plan.depth, batch, keys, inputs, fits, tensors)
+            return layout.rounded(tensors)
+
+        before = self._plan_at(start, batch) if start else None
+        if before is None:
+            self.stats.misses += batch.size
+            with self._folding(plan), plan.capture(take):
+                return self._model(*batch.args, **batch.kwargs)
+        self.stats.advanced += batch.size
+        given = self._read(before.depth, batch, keys)
+        try:
+            with (
+                self._folding(plan, before),
+                before.serving(batch.size, given),
+                plan.capture(take),
+            ):
+                output = self._model(*batch.args, **batch.kwargs)
+            before.check(output)
+            return output
+        except Exception as error:
+            raise self._failed(error) from error
+
+    def _mixed(
+        self, plan: Plan, batch: Batch, keys: Keys, inputs: Any, held: Any, fits: Any
+    ) -> Any:
+        """Samples that stand at different depths: each group is brought to the frontier by
+        itself, then all are served."""
+        parts: list[Tensor] = []
+        pieces: list[list[Tensor]] = []
+        layout = self._layouts[plan.depth]
+        for start in sorted(set(held.tolist())):
+            rows = np.flatnonzero(held == start)
+            group, few = batch.rows(rows), keys[rows]
+            if start == plan.depth:
+                self.stats.hits += len(rows)
+                tensors = self._read(plan.depth, group, few)
+            else:
+                before = self._plan_at(int(start), group) if start else None
+                given = [] if before is None else self._read(before.depth, group, few)
+                try:
+                    with self._folding(plan, before):
+                        tensors = plan.prefix(group, before, given)
+                except Exception as error:
+                    raise self._failed(error) from error
+                self._write(plan.depth, group, few, inputs[rows], fits[rows], tensors)
+                tensors = layout.rounded(tensors)
+                if before is None:
+                    self.stats.misses += len(rows)
+                else:
+                    self.stats.advanced += len(rows)
+            parts.append(torch.from_numpy(rows))
+            pieces.append(tensors)
+        order = torch.cat(parts).argsort().to(self._device)
+        joined = [torch.cat(same).index_select(0, order) for same in zip(*pieces, strict=True)]
+        if layout.is_ragged:
+            lengths = self._lengths(batch)
+            joined = layout.from_records(layout.to_records(joined, lengths), lengths, batch.time)
+        else:
+            joined = layout.from_rows(layout.to_rows(joined))
+        return self._serve(plan, batch, joined)
+
+    # --- when something is wrong ----------------------------------------------------------
+
+    def _failed(self, error: Exception) -> Exception:
+        """What to raise for an exception from a served pass."""
+        reason = reason_of(error)
+        if reason is None:
+            return error
+        self._turn_off(reason)
+        return CacheError(
+            f"a served forward pass failed where earlier ones did not: {reason}; the cache is off "
+            "now, and this step can be made again"
+        )
+
+    def _turn_off(self, reason: str) -> None:
+        self.off = reason
+        self._tell(f"{reason}; the cache is off from here on")
+
+    def _tell(self, reason: str) -> None:
+        if reason not in self._told:
+            self._told.add(reason)
+            warnings.warn(f"PrefixCache: {reason}", stacklevel=4)
+
+    @property
+    def refusals(self) -> list[str]:
+        """Why the cache had no part in some calls, each reason once."""
+        return sorted(self._told)
+
+    @property
+    def bytes_held(self) -> int:
+        """Bytes of all stored activations."""
+        return self._store.bytes_held
+
+    @property
+    def record_bytes(self) -> int:
+        """Bytes set aside for one sample's record, where all are equally long; 0: not known."""
+        return 0 if self._survey is None else -(-self._room(0, 0) // ALIGNMENT) * ALIGNMENT
+
+    def close(self, delete: bool = False) -> None:
+        """Give the memory, or the files, back; from here on the model is called as it is.
+        `delete`: the files too."""
+        self._store.close(delete)
+        self.off = "it was closed"
+
+    # --- what is decided once -------------------------------------------------------------
+
+    def prepare(self, *args: Any, **kwargs: Any) -> None:
+        """Measure sizes and times on one batch, and choose the depths, now and not at the first
+        freeze. Under the autocast of training, if there is one."""
+        rows = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        if not rows or not rows[0].ndim:
+            raise InvalidValue("prepare() takes what the model takes: tensors, a row a sample")
+        self._decide(Batch(args, kwargs, rows[0].shape[0]))
+
+    def _decide(self, batch: Batch) -> None:
+        """Measure, once, and choose the depths: those that fit; with "auto" those that pay."""
+        begin = time.perf_counter()
+        freezer = self.freezer
+        self._survey = survey(self._model, freezer.layers, batch, self._device)
+        if isinstance(self._depths, str):
+            dtype = DTYPES[self.dtype] if self.dtype else None
+            keys, count = self.num_samples * self.views, len(freezer.layers)
+            sizes = [self._survey.bytes_at(depth, dtype) for depth in range(count)]
+            fitting = [s if s and s * keys <= self._store.budget else None for s in sizes]
+            if not any(fitting):  # part of the samples then, where they are smallest
+                smallest = min((s for s in sizes if s), default=None)
+                fitting = [s if s == smallest else None for s in sizes]
+            if self._depths == "all":
+                chosen = [depth for depth in range(1, count) if fitting[depth]]
+            else:
+                chosen = self._paying(batch, fitting, keys)
+            self._depths = frozenset(chosen)
+            if not chosen and self._depths_asked == "auto":
+                self._turn_off("by measurement it would not save time here")
+            elif not chosen:
+                self._turn_off("no frozen layer's output has a row for each sample")
+        self.stats.check_seconds += time.perf_counter() - begin
+
+    def _paying(self, batch: Batch, sizes: list[int | None], keys: int) -> list[int]:
+        assert self._survey is not None
+        freezer = self.freezer
+        folder = self._store.path if isinstance(self._store, FileStore) else None
+        measured = {
+            size: measure_reading(size, batch.size, self._device, folder, size * keys)
+            for size in {s for s in sizes if s}
+        }
+        costs = [measured[size] if size else None for size in sizes]
+        starts = [max(freezer.step_count, end) for end in (0, *freezer.freeze_steps)]
+        visits = [(freezer.total_steps - start) * batch.size / keys for start in starts]
+        batches = keys / batch.size
+        return best_depths(self._survey.seconds, costs, visits[: len(sizes)], batches)
+
+    @property
+    def depths(self) -> list[int] | None:
+        """The depths at which activations are kept; None: not decided yet."""
+        return None if isinstance(self._depths, str) else sorted(self._depths)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was decided from measurements, so that a resumed run decides alike."""
+        return {"depths": self.depths, "layers": [layer.name for layer in self.freezer.layers]}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what `state_dict()` returned. CheckpointError if it is of other layers."""
+        mine = [layer.name for layer in self.freezer.layers]
+        if not isinstance(state, Mapping) or {"depths", "layers"} - set(state):
+            raise CheckpointError("this is no PrefixCache state")
+        if state["layers"] != mine:
+            raise CheckpointError("the PrefixCache state is of other layers")
+        if state["depths"] is not None:
+            self._depths = _checked_depths(state["depths"], len(mine))
+            if not self._depths:
+                self.off = "it was decided before that it would save nothing"
+
+    def _make_store(self, where: str | Path, budget: int | None) -> Store:
+        keys = self.num_samples * self.views
+        cpu = torch.device("cpu")
+        if where == "ram":
+            return Store(keys, budget or memory_available() // 2, cpu, self._device)
+        if where == "device":
+            if budget is None:
+                free = memory_available()
+                if self._device.type == "cuda":
+                    free = torch.cuda.mem_get_info(self._device)[0]
+                budget = free // 2
+            return Store(keys, budget, self._device, self._device)
+        if not isinstance(where, Path) and ("/" not in where and where.lower() in _RESERVED):
+            raise InvalidValue(f"where must be 'ram', 'device' or a folder, got {where!r}")
+        purpose = {
+            "samples": self.num_samples,
+            "views": self.views,
+            "dtype": self.dtype,
+            "layers": [layer.name for layer in self.freezer.layers],
+        }
+        path = Path(where)
+        store = FileStore(path, keys, budget or 0, self._device, purpose)
+        if budget is None:
+            store.budget = shutil.disk_usage(path).free * 9 // 10
+        return store
+
+
+def _checked_depths(depths: Any, num_layers: int) -> Any:
+    if isinstance(depths, str):
+        if depths not in ("auto", "all"):
+            raise InvalidValue(f"depths must be 'auto', 'all' or numbers, got {depths!r}")
+        return depths
+    chosen = frozenset(depths)
+    for depth in chosen:
+        if not 1 <= whole_number("depths", depth) < max(num_layers, 2):
+            raise InvalidValue(f"depths must be in 1..{num_layers - 1}, got {depth}")
+    return chosen
+
+
+def _near(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors agree to the precision of the 16-bit type they were stored in."""
+    difference = (one.double() - other.double()).norm()
+    return bool(difference <= 2e-2 * other.double().norm())
+
+
+def _check_repeated(numbers: Keys, keys: Keys, inputs: Any) -> None:
+    seen: dict[int, int] = {}
+    for number, key, value in zip(numbers.tolist(), keys.tolist(), inputs.tolist(), strict=True):
+        if seen.setdefault(key, value) != value:
+            raise InvalidValue(f"id {number} comes twice in this batch with different inputs")

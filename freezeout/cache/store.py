@@ -1,0 +1,185 @@
+"""Where records lie: in RAM, in the accelerator's memory, or in a file that outlives the process.
+
+A store has a fixed number of keys, and one record a key at most: its bytes, the depth at which
+it was taken and the checksum of the input that it was taken of. The room for a key is set aside
+when it is first written. What does not fit any more is not stored.
+"""
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Keys = np.ndarray[Any, np.dtype[np.int64]]
+
+INDEX = np.dtype(
+    [
+        ("depth", "<i4"),  # layers in front of the frontier; 0: there is no record
+        ("crc", "<u4"),  # of the bytes
+        ("offset", "<i8"),  # of the room set aside, -1: none
+        ("room", "<i8"),
+        ("bytes", "<i8"),
+        ("input", "<i8"),  # checksum of the sample's input
+    ]
+)
+ALIGNMENT = 64
+
+
+class Store:
+    """Records by key, in the computer's memory or an accelerator's.
+
+    Args:
+        keys: how many there are.
+        budget: bytes that records may take in all.
+        device: where they lie.
+        serve_on: the device that reads are for.
+    """
+
+    def __init__(
+        self, keys: int, budget: int, device: torch.device, serve_on: torch.device
+    ) -> None:
+        self.budget, self.device, self.serve_on = budget, device, serve_on
+        self.index = self._new_index(keys)
+        self._end = 0  # of what is set aside
+        self._bytes = torch.empty(0, dtype=torch.uint8, device=device)
+
+    def _new_index(self, keys: int) -> Any:
+        index = np.zeros(keys, INDEX)
+        index["offset"] = -1
+        return index
+
+    def reserve(self, total: int) -> None:
+        """Make room for that many bytes, or for the budget if it is less. To be called once."""
+        self._bytes = torch.empty(min(total, self.budget), dtype=torch.uint8, device=self.device)
+
+    @property
+    def is_reserved(self) -> bool:
+        return len(self._bytes) > 0
+
+    @property
+    def bytes_held(self) -> int:
+        """Of all records."""
+        return int(self.index["bytes"][self.index["depth"] > 0].sum())
+
+    def depths(self, keys: Keys) -> Any:
+        """The depth of each key's record; 0: there is none."""
+        return self.index["depth"][keys]
+
+    def drop(self, keys: Any) -> None:
+        """Forget records, keeping the room set aside."""
+        self.index["depth"][keys] = 0
+
+    def set_aside(self, keys: Keys, needed: Sequence[int], room: Sequence[int]) -> Any:
+        """Whether each key has room for the bytes it needs, which may be set aside now; `room`:
+        what to set aside, so that later records fit as well."""
+        index, fits = self.index, np.zeros(len(keys), bool)
+        for i, key in enumerate(keys):
+            if index["offset"][key] >= 0 and index["room"][key] >= needed[i]:
+                fits[i] = True
+                continue
+            size = -(-max(room[i], needed[i]) // ALIGNMENT) * ALIGNMENT
+            if self._end + size <= len(self._bytes):
+                index["depth"][key] = 0
+                index["room"][key], index["offset"][key] = size, self._end
+                self._end += size
+                fits[i] = True
+        return fits
+
+    def write_rows(self, keys: Keys, rows: Tensor, depth: int, inputs: Any) -> None:
+        """uint8 (B, bytes), one row a key, for which there is room."""
+        self.index["depth"][keys] = 0
+        count = rows.shape[1]
+        offsets = self.index["offset"][keys]
+        room = self._common_room(keys, offsets)
+        if room is not None:
+            self._by_room(room)[:, :count].index_copy_(
+                0, self._numbers(offsets // room), rows.to(self.device)
+            )
+        else:
+            for offset, row in zip(offsets, rows.to(self.device), strict=True):
+                self._bytes[offset : offset + count] = row
+        self._finish(keys, [count] * len(keys), depth, inputs)
+
+    def write(self, keys: Keys, records: Sequence[Tensor], depth: int, inputs: Any) -> None:
+        """uint8 (bytes,) a key, for which there is room."""
+        self.index["depth"][keys] = 0
+        for offset, record in zip(self.index["offset"][keys], records, strict=True):
+            self._bytes[offset : offset + len(record)] = record.to(self.device)
+        self._finish(keys, [len(record) for record in records], depth, inputs)
+
+    def _finish(self, keys: Keys, counts: Sequence[int], depth: int, inputs: Any) -> None:
+        index = self.index
+        index["bytes"][keys], index["input"][keys] = counts, inputs
+        index["depth"][keys] = depth
+
+    def read_rows(self, keys: Keys) -> Tensor:
+        """uint8 (B, bytes) of records of equal length; a copy, never the store's own memory."""
+        offsets = self.index["offset"][keys]
+        count = int(self.index["bytes"][keys[0]])
+        room = self._common_room(keys, offsets)
+        if room is None:
+            return torch.stack(self.read(keys))
+        rows = self._by_room(room)[:, :count]
+        numbers = self._numbers(offsets // room)
+        if self.device == self.serve_on:
+            return rows.index_select(0, numbers)
+        pinned = torch.empty(len(keys), count, dtype=torch.uint8, pin_memory=True)
+        return torch.index_select(rows, 0, numbers, out=pinned).to(self.serve_on, non_blocking=True)
+
+    def read(self, keys: Keys) -> list[Tensor]:
+        """uint8 (bytes,) a key: copies."""
+        offsets, counts = self.index["offset"][keys], self.index["bytes"][keys]
+        return [
+            self._bytes[offset : offset + count].to(self.serve_on, copy=True)
+            for offset, count in zip(offsets.tolist(), counts.tolist(), strict=True)
+        ]
+
+    def _common_room(self, keys: Keys, offsets: Any) -> int | None:
+        """The room of each key, where all are alike and stand in one row."""
+        rooms = self.index["room"][keys]
+        room = int(rooms[0])
+        same = bool((rooms == room).all()) and not (offsets % room).any()
+        return room if same else None
+
+    def _by_room(self, room: int) -> Tensor:
+        count = len(self._bytes) // room
+        return self._bytes[: count * room].view(count, room)
+
+    def _numbers(self, numbers: Any) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(numbers)).to(self.device)
+
+    news: str | None = None  # something to tell the user, once
+
+    def resume_depth(self, depth: int, fingerprint: str) -> bool:
+        """Whether records of this depth, which an earlier process wrote, are of these weights."""
+        return False
+
+    def check_layout(self, depth: int, layout: Any) -> None:
+        """Forget records of this depth if they are not laid out so."""
+
+    def begin_depth(self, depth: int, fingerprint: str, layout: Any) -> None:
+        """Records of this depth are going to be written and read. Of frozen weights with another
+        fingerprint, or in another layout, none is kept."""
+
+    def clear(self) -> None:
+        """Forget every record."""
+        self.index["depth"] = 0
+
+    def close(self, delete: bool = False) -> None:
+        """Give memory and files back."""
+        self._bytes = torch.empty(0, dtype=torch.uint8)
+
+
+def memory_available() -> int:
+    """Bytes of memory that programs can still have."""
+    try:
+        with open("/proc/meminfo") as lines:
+            for line in lines:
+                if line.startswith("MemAvailable:"):
+                    return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return int(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")) // 2

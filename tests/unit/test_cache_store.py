@@ -1,0 +1,351 @@
+"""The cache's parts by themselves: layouts, checksums, stores in memory and in files."""
+
+import doctest
+import errno
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import freezeout.cache.pays
+from freezeout import FreezeOut, PrefixCache
+from freezeout.cache.files import Damaged, FileStore
+from freezeout.cache.inputs import Batch
+from freezeout.cache.layout import Layout
+from freezeout.cache.pays import survey
+from freezeout.cache.placeholders import Placeholders
+from freezeout.cache.plan import make_plan
+from freezeout.cache.store import Store
+from freezeout.errors import CacheError, InvalidValue
+from tests.models import conv_net, linear_net
+
+CPU = torch.device("cpu")
+PURPOSE = {"samples": 8}
+
+
+def ram(budget: int = 10**6) -> Store:
+    return Store(8, budget, CPU, CPU)
+
+
+def files(path: Path, budget: int = 10**6, **purpose: Any) -> FileStore:
+    return FileStore(path, 8, budget, CPU, PURPOSE | purpose)
+
+
+def rows(count: int, size: int = 100, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, (count, size), dtype=torch.uint8, generator=generator)
+
+
+def keys(*numbers: int) -> Any:
+    return np.array(numbers, dtype=np.int64)
+
+
+def fill(store: Store, depth: int = 2) -> Tensor:
+    """Records for keys 0 ... 3, returned."""
+    store.begin_depth(depth, "weights", ["layout"])
+    assert store.set_aside(keys(0, 1, 2, 3), [100] * 4, [100] * 4).all()
+    store.write_rows(keys(0, 1, 2, 3), data := rows(4), depth, np.arange(4))
+    return data
+
+
+@pytest.mark.parametrize("kind", ["ram", "files"])
+def test_records_come_back_as_they_were(kind: str, tmp_path: Path) -> None:
+    store = ram() if kind == "ram" else files(tmp_path / "cache")
+    store.reserve(8 * 128)
+    data = fill(store)
+    assert store.depths(keys(0, 3, 4)).tolist() == [2, 2, 0]
+    assert torch.equal(store.read_rows(keys(3, 0)), data[[3, 0]])
+    served = store.read_rows(keys(1))
+    served.zero_()  # what is served is a copy
+    assert torch.equal(store.read_rows(keys(1)), data[1:2])
+    shorter = [torch.arange(5, dtype=torch.uint8), torch.arange(70, dtype=torch.uint8)]
+    store.write(keys(2, 0), shorter, 3, np.zeros(2))
+    assert all(map(torch.equal, store.read(keys(2, 0)), shorter))
+    assert store.bytes_held == 275
+    store.drop(keys(0))
+    assert store.depths(keys(0, 2)).tolist() == [0, 3]
+
+
+def test_what_does_not_fit_is_not_stored() -> None:
+    store = ram(budget=300)
+    store.reserve(8 * 128)
+    assert store.set_aside(keys(0, 1, 2), [100] * 3, [100] * 3).tolist() == [True, True, False]
+    # A record that outgrows its room takes new room, and is gone where there is none.
+    assert store.set_aside(keys(0), [200], [200]).tolist() == [False]
+
+
+def test_another_process_goes_on_with_the_files(tmp_path: Path) -> None:
+    store = files(tmp_path / "cache")
+    store.reserve(8 * 128)
+    data = fill(store)
+    store.close()
+    store = files(tmp_path / "cache")
+    assert store.news is None
+    assert store.resume_depth(2, "weights")
+    assert torch.equal(store.read_rows(keys(0, 1, 2, 3)), data)
+    store.close()
+    store = files(tmp_path / "cache")
+    assert not store.resume_depth(2, "other weights")
+    assert store.bytes_held == 0
+    store.close()
+    other = files(tmp_path / "cache", samples=9)
+    assert "something else" in str(other.news)
+    assert other.bytes_held == 0
+    other.close(delete=True)
+    assert not (tmp_path / "cache").exists()
+
+
+def test_another_layout_drops_the_records(tmp_path: Path) -> None:
+    store = files(tmp_path / "cache")
+    store.reserve(8 * 128)
+    fill(store)
+    store.check_layout(2, ["layout"])
+    assert store.bytes_held == 400
+    store.check_layout(2, ["other layout"])
+    assert store.bytes_held == 0
+
+
+@pytest.mark.parametrize("damage", ["cut", "header", "index", "random index", "gone"])
+def test_damaged_files_are_started_anew(damage: str, tmp_path: Path) -> None:
+    path = tmp_path / "cache"
+    store = files(path)
+    store.reserve(8 * 128)
+    fill(store)
+    store.close()
+    if damage == "cut":
+        os.truncate(path / "activations.bin", 1000)
+    elif damage == "header":
+        (path / "cache.json").write_text('{"purpose": ')
+    elif damage == "index":
+        os.truncate(path / "index.bin", 3)
+    elif damage == "random index":
+        generator = random.Random(0)
+        (path / "index.bin").write_bytes(generator.randbytes((path / "index.bin").stat().st_size))
+    else:
+        for file in path.iterdir():
+            file.unlink()
+    store = files(path)
+    assert store.bytes_held == 0
+    assert (store.news is None) == (damage == "gone")
+    store.reserve(8 * 128)
+    assert torch.equal(fill(store), store.read_rows(keys(0, 1, 2, 3)))
+
+
+def test_a_changed_byte_is_noticed_by_a_process_that_did_not_write_it(tmp_path: Path) -> None:
+    store = files(tmp_path / "cache")
+    store.reserve(8 * 128)
+    data = fill(store)
+    start = int(store.index["offset"][2])
+    store.close()
+    with open(tmp_path / "cache" / "activations.bin", "r+b") as file:
+        file.seek(start + 50)
+        file.write(bytes([int(data[2, 50]) ^ 1]))
+    store = files(tmp_path / "cache")
+    with pytest.raises(Damaged):
+        store.read_rows(keys(1, 2, 3))
+    assert store.depths(keys(1, 2, 3)).tolist() == [2, 0, 2]
+    assert torch.equal(store.read_rows(keys(1, 3)), data[[1, 3]])
+
+
+_WRITER = """
+import os, signal, sys
+from pathlib import Path
+from tests.unit.test_cache_store import files, fill, keys, rows
+import numpy as np
+store = files(Path(sys.argv[1]))
+store.reserve(8 * 128)
+fill(store)
+writes, left = os.pwrite, int(sys.argv[2])
+def pwrite(*args):
+    global left
+    left -= 1
+    if left == 0:
+        writes(args[0], args[1][:40], args[2])  # part of a record
+        os.kill(os.getpid(), signal.SIGKILL)
+    return writes(*args)
+os.pwrite = pwrite
+for seed in range(1, 100):
+    store.write_rows(keys(0, 1, 2, 3), rows(4, seed=seed), 2, np.full(4, seed))
+"""
+
+
+def test_a_process_killed_while_it_writes_leaves_whole_records(tmp_path: Path) -> None:
+    for place in (6, 20):
+        path = tmp_path / str(place)
+        ended = subprocess.run([sys.executable, "-c", _WRITER, str(path), str(place)])
+        assert ended.returncode == -9
+        store = files(path)
+        assert store.resume_depth(2, "weights")
+        held = np.flatnonzero(store.depths(np.arange(8)))
+        assert held.tolist() == []  # the four were being replaced together
+        store.close()
+
+
+def test_a_full_disk_is_said_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    store = files(tmp_path / "cache")
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(CacheError, match=r"cannot set 1,024 bytes aside in .*: the disk is full"):
+        store.reserve(8 * 128)
+    assert not (tmp_path / "cache" / "activations.bin").exists()
+
+
+def trained(cache: PrefixCache, model: nn.Module, x: Tensor) -> list[Tensor]:
+    model.train()
+    return [cache(x[i : i + 4], ids=range(i, i + 4)) for i in (0, 4)]
+
+
+def frozen(depth: int = 2) -> tuple[nn.Module, FreezeOut, Tensor]:
+    torch.manual_seed(0)
+    model, x = linear_net(), torch.randn(8, 5)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    freezer = FreezeOut(model, optimizer, 100, example_inputs=x)
+    freezer.load_state_dict(freezer.state_dict() | {"kept_frozen": depth})
+    return model, freezer, x
+
+
+@pytest.mark.parametrize("moment", ["set aside", "write"])
+def test_a_disk_that_fills_up_does_not_stop_training(
+    moment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> Any:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    model, freezer, x = frozen()
+    cache = PrefixCache(freezer, 8, where=tmp_path / "cache", depths="all", budget=10**6)
+    expected = [model(x[:4]), model(x[4:])]
+    monkeypatch.setattr(os, "posix_fallocate" if moment == "set aside" else "pwrite", full)
+    with pytest.warns(UserWarning, match="full|No space left"):
+        outputs = trained(cache, model, x)
+    assert all(map(torch.equal, outputs, expected))
+    assert all(map(torch.equal, trained(cache, model, x), expected))
+    assert cache.stats.hits == 0
+
+
+def test_a_folder_in_use_and_one_that_cannot_be_made_are_refused(tmp_path: Path) -> None:
+    store = files(tmp_path / "cache")
+    with pytest.raises(InvalidValue, match="in use by another process"):
+        files(tmp_path / "cache")
+    store.close()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CacheError, match=r"cannot use .*file/cache for the cache"):
+        files(tmp_path / "file" / "cache")
+
+
+def test_the_header_tells_what_the_records_are_of(tmp_path: Path) -> None:
+    model, freezer, x = frozen()
+    cache = PrefixCache(freezer, 8, where=tmp_path / "cache", depths="all", budget=10**6)
+    trained(cache, model, x)
+    cache.close()
+    header = json.loads((tmp_path / "cache" / "cache.json").read_text())
+    assert header["purpose"]["samples"] == 8
+    assert list(header["depths"]) == ["2"]
+    # The same weights in another process: everything is served at once.
+    model, freezer, x = frozen()
+    cache = PrefixCache(freezer, 8, where=tmp_path / "cache", depths="all", budget=10**6)
+    trained(cache, model, x)
+    assert cache.stats.hits == 8
+    cache.close()
+    # Others: nothing is.
+    model, freezer, x = frozen()
+    with torch.no_grad():
+        next(model.parameters())[0, 0] += 1e-3
+    cache = PrefixCache(freezer, 8, where=tmp_path / "cache", depths="all", budget=10**6)
+    with pytest.warns(UserWarning, match="records of other weights"):
+        trained(cache, model, x)
+    assert (cache.stats.hits, cache.stats.misses) == (0, 8)
+
+
+def test_layouts_keep_the_order_in_memory() -> None:
+    model = conv_net().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    x = torch.randn(4, 3, 6, 6).to(memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    freezer = FreezeOut(model, optimizer, 100, example_inputs=x)
+    freezer.load_state_dict(freezer.state_dict() | {"kept_frozen": 1})
+    batch = Batch((x,), {}, 4)
+    plan = make_plan(model, freezer.layers, 1, batch, Placeholders())
+    layout = Layout(plan, batch, None)
+    (real,) = plan.prefix(batch)
+    (back,) = layout.from_rows(layout.to_rows([real]))
+    assert torch.equal(back, real)
+    assert back.stride() == real.stride()
+    assert layout.bytes_of(0) == 4 * 4 * 36
+
+
+def test_checksums_tell_samples_apart_and_do_not_depend_on_company() -> None:
+    x = torch.randn(6, 3, 40, 40)
+    sums = Batch((x,), {}, 6).checksums()
+    assert len(set(sums.tolist())) == 6
+    assert Batch((x[[4, 1]],), {}, 2).checksums().tolist() == sums[[4, 1]].tolist()
+    swapped = x.clone()
+    swapped[0] = x[0].flip(2)
+    assert Batch((swapped,), {}, 6).checksums()[0] != sums[0]
+
+
+def test_checksums_leave_padding_and_labels_out() -> None:
+    tokens = torch.tensor([[5, 6, 7, 0], [8, 9, 0, 0]])
+    mask = (tokens > 0).long()
+
+    def sums(width: int, label: int) -> list[int]:
+        kwargs = {"input_ids": tokens[:, :width], "attention_mask": mask[:, :width]}
+        batch = Batch((), kwargs | {"labels": torch.full((2,), label)}, 2)
+        assert batch.lengths is not None
+        assert batch.lengths.tolist() == [3, 2]
+        return list(batch.checksums().tolist())
+
+    assert sums(4, 0) == sums(3, 1)
+
+
+def test_sizes_at_every_depth_are_known_before_anything_is_frozen() -> None:
+    torch.manual_seed(0)
+    model, x = conv_net(), torch.randn(4, 3, 6, 6)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    freezer = FreezeOut(model, optimizer, 100, example_inputs=x)
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    found = survey(model, freezer.layers, Batch((x,), {}, 4), CPU)
+    assert [found.bytes_at(k, None) for k in range(4)] == [None, 576, 576, 16]  # pooled
+    assert found.bytes_at(1, torch.bfloat16) == 288
+    assert found.seconds == sorted(found.seconds)
+    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
+    assert model.training
+
+
+def test_what_was_decided_is_saved_and_of_the_same_layers_only() -> None:
+    _, freezer, x = frozen(depth=1)
+    cache = PrefixCache(freezer, 8, depths="all")
+    assert cache.depths is None
+    cache.prepare(x[:4])
+    assert cache.depths == [1, 2, 3]
+    other = PrefixCache(freezer, 8)
+    other.load_state_dict(cache.state_dict())
+    assert other.depths == [1, 2, 3]
+    with pytest.raises(ValueError, match="other layers"):
+        other.load_state_dict(cache.state_dict() | {"layers": ["a"]})
+    with pytest.raises(ValueError, match="no PrefixCache state"):
+        other.load_state_dict({})
+
+
+def test_the_break_even_is_as_its_examples_say() -> None:
+    result = doctest.testmod(freezeout.cache.pays)
+    assert (result.failed, result.attempted) == (0, 3)
+
+
+def test_a_cache_that_would_not_pay_stays_off() -> None:
+    model, freezer, x = frozen()
+    cache = PrefixCache(freezer, 8, depths="auto")
+    with pytest.warns(UserWarning, match="would not save time"):
+        outputs = trained(cache, model, x)
+    assert torch.equal(outputs[0], model(x[:4]))
+    assert (cache.stats.bypassed, cache.depths) == (8, [])
