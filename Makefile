@@ -15,7 +15,7 @@ test: .venv/dev
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 # Without the package's own dependency, torch: the adapter must not need it.
 test-keras: .venv/dev .venv-keras/done

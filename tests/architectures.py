@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from freezeout import FreezeOut, Layer, Schedule, find_layers
 from freezeout.layers import Trace
+from freezeout.layers.flow import Flow
 from freezeout.layers.trace import ExampleInputs, call_arguments
 from tests.models import graph_of, layer_tensors
 
@@ -45,8 +46,8 @@ def promise(kept: object, what: str) -> None:
 class Uses(Trace):
     """Also the first use of each parameter."""
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, flow: Flow | None = None) -> None:
+        super().__init__(flow)
         self.first: dict[nn.Parameter, int] = {}
 
     def _use(self, parameter: nn.Parameter) -> None:
