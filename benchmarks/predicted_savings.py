@@ -1,6 +1,6 @@
 """What `freezeout estimate` predicts, against whole runs beside ordinary ones.
 
-    python -m benchmarks.predicted_savings [--steps 400] [--only NAME ...] [--target 0.2]
+    python -m benchmarks.predicted_savings [--steps 200] [--only NAME ...] [--target 0.2]
 
 For each of eight networks: estimate, then train two copies, one with FreezeOut and one without,
 five steps of each in turn, so that a machine whose speed drifts slows both. With --target, `t_0`
@@ -55,7 +55,7 @@ class Result:
 def main() -> None:
     """Print a line a network, and write all of it as JSON if asked to."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--only", nargs="*", choices=MODELS)
     parser.add_argument("--target", type=float)
     parser.add_argument("--json", type=Path)
