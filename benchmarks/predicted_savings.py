@@ -78,12 +78,12 @@ def main() -> None:
             f"(counted FLOPs {result.counted:6.1%}; {result.seconds_a_step:.3f} s a step)",
             flush=True,
         )
+        if args.json:  # after each network: a run that is cut off leaves what it has
+            rows = [vars(result) for result in results]
+            found = {"machine": machine, "steps": args.steps, "target": args.target}
+            args.json.write_text(json.dumps({**found, "networks": rows}, indent=2) + "\n")
     worst = max(abs(r.measured - r.predicted) for r in results)
     print(f"largest difference {100 * worst:.1f} points (claim: at most 5)")
-    if args.json:
-        rows = [vars(result) for result in results]
-        found = {"machine": machine, "steps": args.steps, "target": args.target}
-        args.json.write_text(json.dumps({**found, "networks": rows}, indent=2) + "\n")
 
 
 def compare(name: str, config: EstimateConfig, steps: int) -> Result:

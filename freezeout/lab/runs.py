@@ -35,11 +35,14 @@ _PROBLEM = (
     "dataset",
     "validate",
     "augment",
+    "images",
     "batch_size",
     "lr",
     "weight_decay",
     "momentum",
 )
+_DEFAULTS = {field.name: field.default for field in fields(TrainConfig)}
+_UNKNOWN = object()  # the default of an option that this version does not have
 _SCHEDULE = ("freezeout", "t_0", "how_scale", "scale_lr")
 _DEFAULT_SIZES = {
     "densenet": {"depth": 76, "growth": 12},
@@ -108,7 +111,7 @@ class Run:
     def problem(self) -> tuple[tuple[str, Any], ...]:
         """What makes runs comparable: the network, the data, the options of training."""
         sizes = _DEFAULT_SIZES.get(self.values["model"], {})
-        values = {name: self.values[name] for name in _PROBLEM}
+        values = {name: self.values.get(name) for name in _PROBLEM}
         for name, size in sizes.items():
             values[name] = size if values[name] is None else values[name]
         return (*values.items(), ("precision", self.precision))
@@ -116,9 +119,13 @@ class Run:
     @cached_property
     def arm(self) -> tuple[tuple[str, Any], ...]:
         """What the runs of one arm have in common beside the problem: the schedule, the length,
-        and whatever other option a later version adds."""
+        and whatever other option was given."""
         known = {*_PROBLEM, *_NOT_COMPARED, *_SCHEDULE, "epochs", "steps", "precision"}
-        others = {k: v for k, v in self.values.items() if k not in known}
+        others = {
+            k: v
+            for k, v in self.values.items()
+            if k not in known and v != _DEFAULTS.get(k, _UNKNOWN)
+        }
         if self.freezes:
             others |= {k: self.values[k] for k in _SCHEDULE}
         else:

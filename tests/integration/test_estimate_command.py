@@ -123,7 +123,7 @@ def test_a_table_that_a_person_reads(capsys: Capture) -> None:
     assert lines[0].startswith("wrn: 77,850 parameters in 5 layers, 8 items a step, ")
     assert "SGD" in lines[0]
     assert max(map(len, lines[1:])) <= 80
-    shown = {line.split("  ")[1].strip(): line for line in lines if line.startswith("  ")}
+    shown = {line.strip().split("  ")[0]: line for line in lines if line.startswith("  ")}
     assert "103 steps, 52%" in shown["stem"]
     assert "never" in shown["head"]
     assert shown["the run"].split() == ["the", "run", "ordinary", "cubic", "0.8"]

@@ -8,6 +8,7 @@ has not the exact size expected.
 import contextlib
 import gzip
 import hashlib
+import logging
 import os
 import sys
 import tarfile
@@ -288,13 +289,18 @@ def _progress_bar(description: str) -> Iterator[Any]:
     from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn
 
     columns = ("{task.description}", BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    level = pooch.get_logger().level
-    pooch.get_logger().setLevel("WARNING")  # its lines would be written into the bar
+    # Pooch's lines would be written into the bar. (A level would not do: its logger stands apart
+    # from the others, and `setLevel` leaves what such a one has cached.)
+    pooch.get_logger().addFilter(_no_lines)
     try:
         with Progress(*columns, console=Console(stderr=True)) as progress:
             yield _PoochBar(progress, description)
     finally:
-        pooch.get_logger().setLevel(level)
+        pooch.get_logger().removeFilter(_no_lines)
+
+
+def _no_lines(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.WARNING
 
 
 class _PoochBar:

@@ -25,4 +25,4 @@ def run(config: EstimateConfig) -> None:
         from .figure import draw
 
         draw(result, config.plot)
-        progress.print(f"drawn into {config.plot}", markup=False)
+        progress.print(f"drawn into {config.plot}", markup=False, soft_wrap=True)
