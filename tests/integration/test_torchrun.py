@@ -122,7 +122,7 @@ def run(command: Path, ranks: int, *arguments: object, **changes: str) -> Outcom
         capture_output=True,
         text=True,
         env=variables(**changes),
-        timeout=120,
+        timeout=300,
     )
     return Outcome(result.returncode, result.stdout, result.stderr)
 
