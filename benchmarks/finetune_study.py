@@ -115,10 +115,11 @@ def train(config: TrainConfig, data: Path, folder: Path) -> None:
             step += 1
             if step == total:
                 break
-        # So far, evaluations of earlier epochs included, which need less than a step.
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        with torch.autocast("cpu", torch.bfloat16):
-            held_out = error(model, test)
+        held_out = None
+        if step == total:
+            with torch.autocast("cpu", torch.bfloat16):
+                held_out = error(model, test)
         row = {
             "epoch": epoch,
             "step": step,

@@ -16,8 +16,8 @@ from typing import Annotated, Any, get_args, get_type_hints
 import tyro
 
 from ..errors import FreezeOutError, InvalidValue
-from ..schedule import POWERS
 from .config import TrainConfig
+from .strategy import Strategy
 
 PRESETS = ("quick", "mini", "paper")
 
@@ -44,7 +44,8 @@ class StudyOptions:
     """cifar10, cifar100, digits."""
     strategies: Annotated[tuple[str, ...] | None, _option("TEXT ...", "'cubic scaled'")] = None
     """Such as 'cubic scaled' or 'linear unscaled', made with every --t-0, or with a t_0 of its own:
-    'cubic scaled 0.8'."""
+    'cubic scaled 0.8'; and 'cubic scaled 0.8 cached 4 views', as --cache auto --views 4 of
+    train."""
     t_0: Annotated[tuple[float, ...] | None, _option("T ...", "0.8")] = None
     """Freeze times of the first layer, for strategies that name none."""
     seeds: Annotated[tuple[int, ...] | None, _option("N ...", "0 1 2")] = None
@@ -65,6 +66,8 @@ class StudyOptions:
     """Nesterov momentum."""
     dropout: Annotated[float | None, _option("NUMBER", "0")] = None
     """Dropout probability inside the networks' blocks."""
+    images: Annotated[int | None, _option("N", "all")] = None
+    """Train on the first so many training images only."""
     augment: Annotated[bool | None, _option("BOOL", "true")] = None
     """Random crops, and flips where a mirror image keeps its meaning."""
     validate: Annotated[str | None, _option("NAME", "valid")] = None
@@ -86,6 +89,7 @@ _TRAIN = (
     "weight_decay",
     "momentum",
     "dropout",
+    "images",
     "augment",
     "validate",
     "precision",
@@ -147,17 +151,13 @@ class Study:
                 raise InvalidValue(f"{option} has {twice[0]!r} twice")
         for model in study.models:
             parse_model(model)
-        study.schedules()
+        study.arms()
         return study
 
-    def schedules(self) -> list[tuple[str, bool, float]]:
-        """`how_scale`, `scale_lr` and `t_0` of every arm with FreezeOut, each once."""
-        found: dict[tuple[str, bool, float], None] = {}
-        for strategy in self.strategies:
-            how_scale, scale_lr, own = parse_strategy(strategy)
-            for t_0 in self.t_0 if own is None else (own,):
-                found[how_scale, scale_lr, t_0] = None
-        return list(found)
+    def arms(self) -> list[Strategy]:
+        """Every arm with FreezeOut, each once."""
+        read = [Strategy.parse(text) for text in self.strategies]
+        return list(dict.fromkeys(strategy.at(t_0) for strategy in read for t_0 in self.t_0))
 
     def cells(self) -> list[Cell]:
         """Every run, in the order in which they are made.
@@ -181,11 +181,9 @@ class Study:
         for epochs in self.baselines:
             arms[f"ordinary {epochs} epochs"] = replace(ordinary, epochs=epochs)
         rivals: dict[str, list[str]] = {}
-        for how_scale, scale_lr, t_0 in self.schedules():
-            arm = f"{how_scale} {'scaled' if scale_lr else 'unscaled'} {t_0:.12g}"
-            arms[arm] = replace(base, how_scale=how_scale, scale_lr=scale_lr, t_0=t_0)
-            # Scaled or not, layers freeze at the same steps, and one rival does for both.
-            rivals.setdefault(f"{how_scale} {t_0:.12g} equal time", []).append(arm)
+        for strategy in self.arms():
+            arms[strategy.name] = replace(base, **strategy.options)
+            rivals.setdefault(f"{strategy.cost_name} equal time", []).append(strategy.name)
 
         def cell(arm: str, config: TrainConfig, seed: int, needs: tuple[str, ...] = ()) -> Cell:
             folder = home / arm.replace(" ", "-") / f"seed{seed}"
@@ -232,28 +230,6 @@ def parse_model(name: str) -> dict[str, Any]:
     if not all(size.isascii() and size.isdigit() for size in sizes):
         raise InvalidValue(f"models has {name!r}, whose sizes are no whole numbers")
     return {"model": model, **dict(zip(options, map(int, sizes), strict=False))}
-
-
-def parse_strategy(text: str) -> tuple[str, bool, float | None]:
-    """`how_scale`, `scale_lr` and, if it is named, `t_0`.
-
-    >>> parse_strategy("cubic scaled"), parse_strategy("linear unscaled 0.5")
-    (('cubic', True, None), ('linear', False, 0.5))
-    """
-    words = text.split()
-    own = None
-    try:
-        how_scale, scaling, *more = words
-        if more:
-            (own,) = map(float, more)
-    except ValueError:
-        how_scale = scaling = ""
-    if how_scale not in POWERS or scaling not in ("scaled", "unscaled"):
-        raise InvalidValue(
-            f"strategies has {text!r}; a strategy is linear, squared or cubic, then scaled or "
-            "unscaled, then, if it has one of its own, t_0: 'cubic scaled 0.8'"
-        )
-    return how_scale, scaling == "scaled", own
 
 
 def read_options(path: Path) -> StudyOptions:

@@ -7,6 +7,7 @@ import pytest
 
 from freezeout.errors import InvalidValue
 from freezeout.lab.config import TrainConfig
+from freezeout.lab.strategy import Strategy
 from freezeout.lab.study import (
     PRESETS,
     Study,
@@ -74,11 +75,36 @@ def test_an_equal_time_run_waits_for_its_arms_and_the_ordinary_runs_of_all_seeds
 
 def test_strategies_without_t_0_are_made_with_each() -> None:
     options = StudyOptions(strategies=("cubic scaled", "linear unscaled 0.5"), t_0=(0.7, 0.8))
-    assert Study.from_options(options).schedules() == [
-        ("cubic", True, 0.7),
-        ("cubic", True, 0.8),
-        ("linear", False, 0.5),
+    assert Study.from_options(options).arms() == [
+        Strategy("cubic", True, 0.7),
+        Strategy("cubic", True, 0.8),
+        Strategy("linear", False, 0.5),
     ]
+
+
+def test_cached_arms_have_a_rival_for_each_number_of_views() -> None:
+    """A view costs its first visit, so that arms of other numbers of views take other times."""
+    names = ("cubic scaled 0.8", "cubic scaled 0.8 cached 1 view", "cubic scaled 0.8 cached")
+    study = Study.from_options(
+        merged(SMALL, StudyOptions(strategies=names, seeds=(0,), images=100, baselines=()))
+    )
+    found = {cell.folder.parent.name: cell for cell in study.cells()}
+    caches = {name: (cell.config.cache, cell.config.views) for name, cell in found.items()}
+    assert caches == {
+        "ordinary-4-epochs": ("off", None),
+        "cubic-scaled-0.8": ("off", None),
+        "cubic-scaled-0.8-cached-1-view": ("auto", 1),
+        "cubic-scaled-0.8-cached": ("auto", None),
+        "cubic-0.8-equal-time": ("off", None),
+        "cubic-0.8-cached-1-view-equal-time": ("off", None),
+        "cubic-0.8-cached-equal-time": ("off", None),
+    }
+    rival = found["cubic-0.8-cached-1-view-equal-time"]
+    assert [folder.parent.name for folder in rival.waits_for] == [
+        "cubic-scaled-0.8-cached-1-view",
+        "ordinary-4-epochs",
+    ]
+    assert {cell.config.images for cell in found.values()} == {100}
 
 
 def test_every_network_meets_every_data_set_in_a_folder_of_its_own() -> None:
@@ -108,6 +134,7 @@ def test_the_file_that_a_sweep_writes_describes_it(tmp_path: Path) -> None:
             equal_time=False,
             lr=1e-5,
             data_dir=Path('a "folder"'),
+            images=1000,
             devices=("cuda:0", "cuda:1"),
             out=tmp_path / "sweep",
         ),
@@ -141,6 +168,8 @@ def test_networks_names() -> None:
         (StudyOptions(strategies=("cubic",)), "a strategy is linear, squared or cubic, then"),
         (StudyOptions(strategies=("cubic scaled high",)), "strategies has 'cubic scaled high'"),
         (StudyOptions(strategies=("cubic scaled 0.5 0.6",)), "strategies has"),
+        (StudyOptions(strategies=("cubic scaled 0.5 cached views",)), "strategies has"),
+        (StudyOptions(strategies=("cubic scaled 0.5.5",)), "strategies has 'cubic scaled 0.5.5'"),
         (StudyOptions(seeds=()), "seeds must name at least one"),
         (StudyOptions(t_0=(0.5, 0.5)), "t_0 has 0.5 twice"),
         (StudyOptions(devices=()), "devices must name at least one"),
