@@ -39,7 +39,16 @@ STANDARD_LIBRARY_ONLY = {"errors", "schedule", "cost"}
 # They plan and read runs, and leave the training to other processes.
 PLANNING = {
     ("lab", name)
-    for name in ("config", "runs", "equal_time", "study", "strategy", "forecast", "sweep", "sweep_display")
+    for name in (
+        "config",
+        "runs",
+        "equal_time",
+        "study",
+        "strategy",
+        "forecast",
+        "sweep",
+        "sweep_display",
+    )
 }
 # Adapters without torch: of this package they import nothing that has it.
 NO_TORCH = {("integrations", name) for name in ("jax", "jax_order", "keras")}
