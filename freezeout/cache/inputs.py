@@ -9,7 +9,7 @@ from torch.utils._pytree import tree_flatten_with_path, tree_unflatten
 
 from ..errors import InvalidType, InvalidValue
 
-_LOOKED_AT = 512  # elements of a sample that its checksum covers, evenly spread
+_LOOKED_AT = 2048  # words of 8 bytes of a sample that its checksum covers: all, or evenly spread
 _MASK = "attention_mask"
 _LABELS = ("labels", "label", "label_ids", "targets", "target", "next_sentence_label")
 
@@ -113,22 +113,36 @@ def _row_sums(
         flat = leaf.flatten(2)[:, :, :8] if leaf.ndim > 2 else leaf[:, :, None]
         bits = (_bits(flat.contiguous()) * inside[:, :, None]).flatten(1)
     else:
-        flat = leaf.reshape(len(leaf), -1)
-        step = max(1, flat.shape[1] // _LOOKED_AT)
-        bits = _bits(flat[:, ::step].contiguous())
+        words = _words(leaf)
+        bits = _mixed(words[:, :: max(1, words.shape[1] // _LOOKED_AT)])
     # Odd multipliers that depend on the place alone, so that order counts.
     weights = torch.arange(bits.shape[1], device=bits.device) * 0x9E3779B97F4A7C1 * 2 + 1
     return (bits * weights).sum(1)
 
 
+def _words(leaf: Tensor) -> Tensor:
+    """(B, words) int64: each row's bytes, eight in a word."""
+    if not leaf.numel():
+        return leaf.new_zeros(len(leaf), 0, dtype=torch.int64)
+    flat = leaf.reshape(len(leaf), -1).contiguous().view(torch.uint8)
+    if missing := -flat.shape[1] % 8:
+        flat = torch.nn.functional.pad(flat, (0, missing))
+    return flat.view(torch.int64)
+
+
 def _bits(tensor: Tensor) -> Tensor:
-    """Each element's bits as int64, mixed so that their sum depends on all of them."""
+    """Each element's bits as int64, mixed."""
     if tensor.is_complex():
         tensor = torch.view_as_real(tensor).flatten(-2)
     if tensor.is_floating_point():
-        whole = {2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
-        tensor = tensor.view(whole)
-    mixed = tensor.to(torch.int64) * 0x2545F4914F6CDD1D
+        whole = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+        tensor = tensor.view(whole[tensor.element_size()])
+    return _mixed(tensor.to(torch.int64))
+
+
+def _mixed(words: Tensor) -> Tensor:
+    """So that their sum depends on all of the bits."""
+    mixed = words * 0x2545F4914F6CDD1D
     return mixed ^ (mixed >> 29)
 
 

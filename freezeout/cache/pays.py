@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 from ..layers import Layer
 from ..layers.trace import _uncompiled
 from .inputs import Batch
-from .plan import scratch
+from .scratch import scratch
 
 _ROUNDS = 3
 _FORWARDS = 8  # passes that checking one depth takes

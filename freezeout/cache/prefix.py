@@ -5,7 +5,6 @@ import time
 import warnings
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -15,19 +14,22 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from ..errors import CacheError, CheckpointError, InvalidType, InvalidValue
+from ..errors import CacheError, InvalidType, InvalidValue
 from ..freezer import FreezeOut
 from ..layers.trace import sharded_modules
 from ..schedule import whole_number
+from .activations import Activations, precision
+from .depths import Depths
 from .files import Damaged, FileStore
-from .fingerprint import Fingerprints, tensors_of
+from .fingerprint import tensors_of
 from .fold import FoldedPrefix
 from .inputs import Batch, check_ids
-from .layout import Layout
-from .pays import Survey, best_depths, measure_reading, survey
 from .placeholders import Placeholders, Unservable, reason_of
-from .plan import Plan, check_plan, close, make_plan, scratch
-from .store import ALIGNMENT, Keys, Store, memory_available
+from .plan import Plan
+from .planning import check_plan, make_plan
+from .scratch import close, scratch
+from .stats import CacheStats
+from .store import Keys, Store, memory_available
 
 DTYPES = {
     "fp32": torch.float32,
@@ -36,35 +38,6 @@ DTYPES = {
 }
 _RESERVED = ("gpu", "cuda", "cpu", "memory", "auto", "off", "disk", "")
 _TRIES = 4  # depths tried at one move of the frontier, from the deepest on
-
-
-@dataclass
-class CacheStats:
-    """What the cache has done since it was made, or since the last `take()`.
-
-    Attributes:
-        hits: samples whose stored activation was served as it was.
-        advanced: samples taken on from an earlier depth.
-        misses: samples computed from the input.
-        bypassed: samples of batches that the cache had no part in.
-        read_seconds, write_seconds: spent on the store.
-        check_seconds: spent on plans and on comparing with the real forward pass.
-    """
-
-    hits: int = 0
-    advanced: int = 0
-    misses: int = 0
-    bypassed: int = 0
-    read_seconds: float = 0.0
-    write_seconds: float = 0.0
-    check_seconds: float = 0.0
-
-    def take(self) -> "CacheStats":
-        """A copy, everything here back at zero."""
-        copy = CacheStats(**vars(self))
-        for field in fields(self):
-            setattr(self, field.name, field.default)
-        return copy
 
 
 class PrefixCache:
@@ -131,24 +104,23 @@ class PrefixCache:
             raise InvalidValue("the cache is for one process; this is one of several (DDP)")
         if sharded_modules(self._model):
             raise InvalidValue("the cache does not take a model that fully_shard was applied to")
-        self._depths = self._depths_asked = _checked_depths(depths, len(freezer.layers))
+        kept_as = DTYPES[dtype] if dtype else None
+        self._depths = Depths(depths, freezer, kept_as)
         self._fold = FoldedPrefix(self._model) if fold else None
         self._placeholders = Placeholders()
         self._plans: dict[Any, Plan] = {}
         self._refused: dict[Any, str] = {}
-        self._layouts: dict[int, Layout] = {}
         self._verified: set[Any] = set()
         self._told: set[str] = set()
         self._numerics: Any = None
         # Frozen layers' tensors; how many layers, and the sum of the tensors' versions.
         self._tensors: list[Tensor] = []
         self._watched: tuple[int, int] | None = None
-        self._fingerprints = Fingerprints(freezer.layers)
-        self._survey: Survey | None = None
-        self._ready: set[int] = set()  # depths that the store was told of
-        self._writes = True
         self.off: str | None = None  # why the cache is off for good
-        self._store = self._make_store(where, budget)
+        store = self._make_store(where, budget)
+        self._activations = Activations(
+            store, freezer.layers, self._depths, kept_as, self.stats, self._tell
+        )
 
     # --- calling ------------------------------------------------------------------------
 
@@ -227,13 +199,13 @@ class PrefixCache:
             raise Unservable(
                 "the call differs in precision or in options from the first one that was cached"
             )
-        if self._survey is None:
+        if not self._depths.is_surveyed:
             self._decide(batch)
             if self.off is not None:
                 return None
         tries = 0
         for depth in range(frozen, 0, -1):
-            if not self._is_wanted(depth) or (depth, batch.family) in self._refused:
+            if depth not in self._depths or (depth, batch.family) in self._refused:
                 continue
             if tries == _TRIES:
                 break
@@ -242,9 +214,6 @@ class PrefixCache:
             if plan is not None:
                 return plan
         return None
-
-    def _is_wanted(self, depth: int) -> bool:
-        return depth in self._depths
 
     def _plan_at(self, depth: int, batch: Batch) -> Plan | None:
         """The plan for this kind of batch, made if it has to be; None: refused, and said."""
@@ -261,11 +230,7 @@ class PrefixCache:
             plan = make_plan(
                 self._model, self.freezer.layers, depth, batch, self._placeholders, sibling
             )
-            layout = Layout(plan, batch, DTYPES[self.dtype] if self.dtype else None)
-            known = self._layouts.setdefault(depth, layout)
-            self._store.check_layout(depth, layout.describe())
-            if known.describe() != layout.describe():
-                raise Unservable("what the frozen layers return has another shape than before")
+            self._activations.plan_for(plan, batch)
         except Unservable as refusal:
             self._refuse(depth, batch, str(refusal))
             return None
@@ -283,7 +248,7 @@ class PrefixCache:
 
     def _numerics_of(self, batch: Batch) -> Any:
         """What decides the bits of the frozen layers' results beside weights and inputs."""
-        return self._precision(), batch.family
+        return precision(self._device.type), batch.family
 
     def _check_weights(self, frozen: int) -> None:
         """Frozen weights stand still; if someone changed them, what is stored is of no use. (A
@@ -303,11 +268,9 @@ class PrefixCache:
     def _reset(self) -> None:
         """Drop whatever depends on weights."""
         self._watched = None
-        self._store.clear()
-        self._ready.clear()
+        self._activations.clear()
         self._plans.clear()
         self._verified.clear()
-        self._fingerprints.forget()
         if self._fold is not None:
             self._fold.forget()
 
@@ -315,7 +278,7 @@ class PrefixCache:
 
     def _cached(self, plan: Plan, batch: Batch, numbers: Keys, keys: Keys) -> Any:
         try:
-            self._begin(plan.depth, batch)
+            self._activations.begin(plan.depth, batch, self.freezer.num_frozen)
         except CacheError as error:
             self._turn_off(str(error))
             return self._plain(batch.args, batch.kwargs, batch.size)
@@ -327,126 +290,19 @@ class PrefixCache:
                 self._tell("some stored activations are damaged; they are computed anew")
 
     def _visit(self, plan: Plan, batch: Batch, numbers: Keys, keys: Keys, inputs: Any) -> Any:
-        layout, depth = self._layouts[plan.depth], plan.depth
-        held = self._held(keys, numbers, inputs, depth)
-        starts = set(held.tolist())
-        if starts == {depth}:
-            tensors = self._read(depth, batch, keys)
+        activations, depth = self._activations, plan.depth
+        held = activations.held(keys, numbers, inputs, depth)
+        if (held == depth).all():
+            tensors = activations.read(depth, batch, keys)
             self.stats.hits += batch.size
             return self._serve(plan, batch, tensors)
-        fits = np.zeros(batch.size, bool)
-        if self._writes:
-            lengths = self._lengths(batch)
-            needed = [layout.bytes_of(length) for length in lengths]
-            room = [self._room(length, batch.time) for length in lengths]
-            fits = self._store.set_aside(keys, needed, room)
-            held[self._store.depths(keys) == 0] = 0  # their room was too small
-            if not fits.all():
-                self._tell(
-                    f"the budget of {self._store.budget:,} bytes is used up; further samples are "
-                    "computed anew each time"
-                )
+        fits = activations.make_room(depth, batch, keys, held)
         starts = set(held.tolist())
         if starts == {0} and not fits.any():
             return self._plain(batch.args, batch.kwargs, batch.size)
         if len(starts) == 1:
             return self._compute(plan, batch, keys, inputs, int(held[0]), fits)
         return self._mixed(plan, batch, keys, inputs, held, fits)
-
-    def _held(self, keys: Keys, numbers: Keys, inputs: Any, depth: int) -> Any:
-        """The depth of each key's record; 0 where there is none, or none of use."""
-        if len(set(keys.tolist())) != len(keys):
-            _check_repeated(numbers, keys, inputs)
-        held = self._store.depths(keys).copy()
-        changed = np.flatnonzero((held > 0) & (self._store.index["input"][keys] != inputs))
-        if len(changed):
-            raise InvalidValue(
-                f"the input of sample {numbers[changed[0]]} is not what it was when its "
-                "activation was stored: the data set changed, ids name other samples than before, "
-                "or augmentation is random (pass view=, of a finite set, or view=None)"
-            )
-        for start in set(held.tolist()) - {0}:
-            if start > depth or start not in self._ready:
-                held[held == start] = 0
-        return held
-
-    def _lengths(self, batch: Batch) -> list[int]:
-        return [0] * batch.size if batch.lengths is None else batch.lengths.tolist()
-
-    def _room(self, length: int, time: int) -> int:
-        """For a record at any depth that is wanted."""
-        assert self._survey is not None
-        dtype = DTYPES[self.dtype] if self.dtype else None
-        sizes = [self._survey.bytes_at(d, dtype) or 0 for d in self._wanted()]
-        largest = max(sizes, default=0)
-        return -(-largest * length // time) if time else largest
-
-    def _wanted(self) -> list[int]:
-        """Depths that are kept and that the schedule reaches."""
-        deepest = sum(end < self.freezer.total_steps for end in self.freezer.freeze_steps)
-        return [d for d in range(1, deepest + 1) if self._is_wanted(d)]
-
-    def _begin(self, depth: int, batch: Batch) -> None:
-        if depth in self._ready:
-            return
-        store, frozen = self._store, self.freezer.num_frozen
-        if not store.is_reserved:
-            longest = batch.time if batch.lengths is not None else 0
-            room = -(-self._room(longest, batch.time) // ALIGNMENT) * ALIGNMENT
-            store.reserve(len(store.index) * room)
-        if not self._ready:  # what another process has left
-            for other in sorted({int(d) for d in np.unique(store.index["depth"])} - {0, depth}):
-                if other <= frozen and store.resume_depth(other, self._fingerprint(other)):
-                    self._ready.add(other)
-        store.begin_depth(depth, self._fingerprint(depth), self._layouts[depth].describe())
-        self._ready.add(depth)
-        if store.news is not None:
-            self._tell(store.news)
-            store.news = None
-
-    def _fingerprint(self, depth: int) -> str:
-        if not isinstance(self._store, FileStore):
-            return ""
-        return f"{self._fingerprints.at(depth)} {self._precision()} torch {torch.__version__}"
-
-    def _precision(self) -> str:
-        kind = self._device.type
-        autocast = torch.is_autocast_enabled(kind)
-        return str(torch.get_autocast_dtype(kind) if autocast else "no autocast")
-
-    def _read(self, depth: int, batch: Batch, keys: Keys) -> list[Tensor]:
-        begin = time.perf_counter()
-        layout = self._layouts[depth]
-        if layout.is_ragged:
-            tensors = layout.from_records(self._store.read(keys), self._lengths(batch), batch.time)
-        else:
-            tensors = layout.from_rows(self._store.read_rows(keys))
-        self.stats.read_seconds += time.perf_counter() - begin
-        return tensors
-
-    def _write(
-        self, depth: int, batch: Batch, keys: Keys, inputs: Any, fits: Any, tensors: list[Tensor]
-    ) -> None:
-        begin = time.perf_counter()
-        layout = self._layouts[depth]
-        if layout.overflows(tensors):
-            self._turn_off("an activation is too large for fp16; use bf16 or fp32")
-            return
-        rows = np.flatnonzero(fits)
-        try:
-            if len(rows) and layout.is_ragged:
-                records = layout.to_records(tensors, self._lengths(batch))
-                self._store.write(keys[rows], [records[i] for i in rows], depth, inputs[rows])
-            elif len(rows):
-                whole = layout.to_rows(tensors)
-                chosen = whole
-                if len(rows) < len(whole):
-                    chosen = whole[torch.from_numpy(rows).to(whole.device)]
-                self._store.write_rows(keys[rows], chosen, depth, inputs[rows])
-        except OSError as error:
-            self._writes = False
-            self._tell(f"cannot write to the cache ({error.strerror}); nothing more is stored")
-        self.stats.write_seconds += time.perf_counter() - begin
 
     def _serve(self, plan: Plan, batch: Batch, tensors: list[Tensor]) -> Any:
         """The model's output from what is stored, which is compared with the real forward pass
@@ -470,30 +326,24 @@ class PrefixCache:
     def _verify(self, plan: Plan, batch: Batch, tensors: list[Tensor]) -> None:
         """Unservable unless the stored tensors are the real ones, up to summation order and the
         type they are stored in, and the model does the same with real ones bit for bit."""
-        layout = self._layouts[plan.depth]
+        exact = self._activations.is_exact(plan.depth)
         with scratch(self._model):
             real = plan.prefix(batch)
-        if not layout.is_ragged:
-            rounded = layout.from_rows(layout.to_rows(real))
-        else:
-            lengths = self._lengths(batch)
-            rounded = layout.from_records(layout.to_records(real, lengths), lengths, batch.time)
+        rounded = self._activations.as_read(plan.depth, batch, real)
         for stored, computed in zip(tensors, rounded, strict=True):
-            exact = not layout.is_lossy and self._fold is None
-            if not (close(stored, computed) if exact else _near(stored, computed)):
+            same = close if exact and self._fold is None else _near
+            if not same(stored, computed):
                 raise Unservable("what is stored is not what the frozen layers compute")
-        check_plan(plan, self._model, batch, real if layout.is_lossy else rounded)
+        check_plan(plan, self._model, batch, rounded if exact else real)
 
     def _compute(
         self, plan: Plan, batch: Batch, keys: Keys, inputs: Any, start: int, fits: Any
     ) -> Any:
         """One ordinary pass, from the input or from an earlier depth's activations, in which what
         passes the frontier is stored."""
-        layout = self._layouts[plan.depth]
 
         def take(tensors: list[Tensor]) -> list[Tensor]:
-            self._write(plan.depth, batch, keys, inputs, fits, tensors)
-            return layout.rounded(tensors)
+            return self._keep(plan.depth, batch, keys, inputs, fits, tensors)
 
         before = self._plan_at(start, batch) if start else None
         if before is None:
@@ -501,7 +351,7 @@ class PrefixCache:
             with self._folding(plan), plan.capture(take):
                 return self._model(*batch.args, **batch.kwargs)
         self.stats.advanced += batch.size
-        given = self._read(before.depth, batch, keys)
+        given = self._activations.read(before.depth, batch, keys)
         try:
             with (
                 self._folding(plan, before),
@@ -521,23 +371,21 @@ class PrefixCache:
         itself, then all are served."""
         parts: list[Tensor] = []
         pieces: list[list[Tensor]] = []
-        layout = self._layouts[plan.depth]
         for start in sorted(set(held.tolist())):
             rows = np.flatnonzero(held == start)
             group, few = batch.rows(rows), keys[rows]
             if start == plan.depth:
                 self.stats.hits += len(rows)
-                tensors = self._read(plan.depth, group, few)
+                tensors = self._activations.read(plan.depth, group, few)
             else:
                 before = self._plan_at(int(start), group) if start else None
-                given = [] if before is None else self._read(before.depth, group, few)
+                given = [] if before is None else self._activations.read(before.depth, group, few)
                 try:
                     with self._folding(plan, before):
                         tensors = plan.prefix(group, before, given)
                 except Exception as error:
                     raise self._failed(error) from error
-                self._write(plan.depth, group, few, inputs[rows], fits[rows], tensors)
-                tensors = layout.rounded(tensors)
+                tensors = self._keep(plan.depth, group, few, inputs[rows], fits[rows], tensors)
                 if before is None:
                     self.stats.misses += len(rows)
                 else:
@@ -546,12 +394,19 @@ class PrefixCache:
             pieces.append(tensors)
         order = torch.cat(parts).argsort().to(self._device)
         joined = [torch.cat(same).index_select(0, order) for same in zip(*pieces, strict=True)]
-        if layout.is_ragged:
-            lengths = self._lengths(batch)
-            joined = layout.from_records(layout.to_records(joined, lengths), lengths, batch.time)
-        else:
-            joined = layout.from_rows(layout.to_rows(joined))
-        return self._serve(plan, batch, joined)
+        if self.off is not None:  # one of them is too large to be stored
+            return self._plain(batch.args, batch.kwargs, batch.size)
+        return self._serve(plan, batch, self._activations.as_read(plan.depth, batch, joined))
+
+    def _keep(
+        self, depth: int, batch: Batch, keys: Keys, inputs: Any, fits: Any, tensors: list[Tensor]
+    ) -> list[Tensor]:
+        """Store what fits; the tensors to go on with, as they will be read later."""
+        try:
+            return self._activations.write(depth, batch, keys, inputs, fits, tensors)
+        except CacheError as error:
+            self._turn_off(str(error))
+            return tensors
 
     # --- when something is wrong ----------------------------------------------------------
 
@@ -583,17 +438,17 @@ class PrefixCache:
     @property
     def bytes_held(self) -> int:
         """Bytes of all stored activations."""
-        return self._store.bytes_held
+        return self._activations.store.bytes_held
 
     @property
     def record_bytes(self) -> int:
         """Bytes set aside for one sample's record, where all are equally long; 0: not known."""
-        return 0 if self._survey is None else -(-self._room(0, 0) // ALIGNMENT) * ALIGNMENT
+        return self._depths.record_bytes() if self._depths.is_surveyed else 0
 
     def close(self, delete: bool = False) -> None:
         """Give the memory, or the files, back; from here on the model is called as it is.
         `delete`: the files too."""
-        self._store.close(delete)
+        self._activations.store.close(delete)
         self.off = "it was closed"
 
     # --- what is decided once -------------------------------------------------------------
@@ -607,63 +462,27 @@ class PrefixCache:
         self._decide(Batch(args, kwargs, rows[0].shape[0]))
 
     def _decide(self, batch: Batch) -> None:
-        """Measure, once, and choose the depths: those that fit; with "auto" those that pay."""
+        """Measure, once, and choose the depths."""
         begin = time.perf_counter()
-        freezer = self.freezer
-        self._survey = survey(self._model, freezer.layers, batch, self._device)
-        if isinstance(self._depths, str):
-            dtype = DTYPES[self.dtype] if self.dtype else None
-            keys, count = self.num_samples * self.views, len(freezer.layers)
-            sizes = [self._survey.bytes_at(depth, dtype) for depth in range(count)]
-            fitting = [s if s and s * keys <= self._store.budget else None for s in sizes]
-            if not any(fitting):  # part of the samples then, where they are smallest
-                smallest = min((s for s in sizes if s), default=None)
-                fitting = [s if s == smallest else None for s in sizes]
-            if self._depths == "all":
-                chosen = [depth for depth in range(1, count) if fitting[depth]]
-            else:
-                chosen = self._paying(batch, fitting, keys)
-            self._depths = frozenset(chosen)
-            if not chosen and self._depths_asked == "auto":
-                self._turn_off("by measurement it would not save time here")
-            elif not chosen:
-                self._turn_off("no frozen layer's output has a row for each sample")
+        reason = self._depths.decide(batch, self._activations.store)
+        if reason is not None:
+            self._turn_off(reason)
         self.stats.check_seconds += time.perf_counter() - begin
-
-    def _paying(self, batch: Batch, sizes: list[int | None], keys: int) -> list[int]:
-        assert self._survey is not None
-        freezer = self.freezer
-        folder = self._store.path if isinstance(self._store, FileStore) else None
-        measured = {
-            size: measure_reading(size, batch.size, self._device, folder, size * keys)
-            for size in {s for s in sizes if s}
-        }
-        costs = [measured[size] if size else None for size in sizes]
-        starts = [max(freezer.step_count, end) for end in (0, *freezer.freeze_steps)]
-        visits = [(freezer.total_steps - start) * batch.size / keys for start in starts]
-        batches = keys / batch.size
-        return best_depths(self._survey.seconds, costs, visits[: len(sizes)], batches)
 
     @property
     def depths(self) -> list[int] | None:
         """The depths at which activations are kept; None: not decided yet."""
-        return None if isinstance(self._depths, str) else sorted(self._depths)
+        return None if self._depths.chosen is None else sorted(self._depths.chosen)
 
     def state_dict(self) -> dict[str, Any]:
         """What was decided from measurements, so that a resumed run decides alike."""
-        return {"depths": self.depths, "layers": [layer.name for layer in self.freezer.layers]}
+        return self._depths.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over what `state_dict()` returned. CheckpointError if it is of other layers."""
-        mine = [layer.name for layer in self.freezer.layers]
-        if not isinstance(state, Mapping) or {"depths", "layers"} - set(state):
-            raise CheckpointError("this is no PrefixCache state")
-        if state["layers"] != mine:
-            raise CheckpointError("the PrefixCache state is of other layers")
-        if state["depths"] is not None:
-            self._depths = _checked_depths(state["depths"], len(mine))
-            if not self._depths:
-                self.off = "it was decided before that it would save nothing"
+        self._depths.load_state_dict(state)
+        if self._depths.chosen == frozenset():
+            self.off = "it was decided before that it would save nothing"
 
     def _make_store(self, where: str | Path, budget: int | None) -> Store:
         keys = self.num_samples * self.views
@@ -692,26 +511,7 @@ class PrefixCache:
         return store
 
 
-def _checked_depths(depths: Any, num_layers: int) -> Any:
-    if isinstance(depths, str):
-        if depths not in ("auto", "all"):
-            raise InvalidValue(f"depths must be 'auto', 'all' or numbers, got {depths!r}")
-        return depths
-    chosen = frozenset(depths)
-    for depth in chosen:
-        if not 1 <= whole_number("depths", depth) < max(num_layers, 2):
-            raise InvalidValue(f"depths must be in 1..{num_layers - 1}, got {depth}")
-    return chosen
-
-
 def _near(one: Tensor, other: Tensor) -> bool:
     """Whether two tensors agree to the precision of the 16-bit type they were stored in."""
     difference = (one.double() - other.double()).norm()
     return bool(difference <= 2e-2 * other.double().norm())
-
-
-def _check_repeated(numbers: Keys, keys: Keys, inputs: Any) -> None:
-    seen: dict[int, int] = {}
-    for number, key, value in zip(numbers.tolist(), keys.tolist(), inputs.tolist(), strict=True):
-        if seen.setdefault(key, value) != value:
-            raise InvalidValue(f"id {number} comes twice in this batch with different inputs")

@@ -1,5 +1,6 @@
 """Training with a `PrefixCache` gives the numbers of training without one, or says why not."""
 
+import math
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, dropout, relu
 
 from freezeout import FreezeOut, PrefixCache, Schedule
+from freezeout.cache.depths import Depths
 from freezeout.cache.placeholders import Placeholders, holds_placeholder
 from freezeout.errors import CacheError, InvalidType, InvalidValue
 from tests.models import (
@@ -154,12 +156,12 @@ def growing_net() -> nn.Sequential:
 
 def test_a_record_that_outgrows_its_room_is_computed_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     """Room is set aside for the largest; here it is not, and old records lose their place."""
-    monkeypatch.setattr(PrefixCache, "_room", lambda *_: 1)
+    monkeypatch.setattr(Depths, "record_bytes", lambda *_: 1)
     reference = Run(growing_net, vectors).steps(None)
     run = Run(growing_net, vectors)
     cache = run.cache()
-    cache._store.reserve(10**6)
-    cache._store._bytes.fill_(255)  # NaN, to whoever reads what was not written
+    cache._activations.store.reserve(10**6)
+    cache._activations.store._bytes.fill_(255)  # NaN, to whoever reads what was not written
     run.steps(cache)
     assert same(run, reference)
     assert cache.stats.misses > len(run.x)
@@ -177,7 +179,7 @@ def test_shorter_types_are_near_and_the_first_visit_is_rounded_too(
     run.steps(cache)
     with warnings.catch_warnings():
         for _ in range(24):
-            other._store.clear()  # every visit is the first
+            other._activations.store.clear()  # every visit is the first
             late.step(lambda x, ids: other(x, ids=ids))
     assert cache.stats.hits > 0 == other.stats.hits
     assert run.losses == late.losses
@@ -195,6 +197,8 @@ def test_fp16_that_overflows_turns_the_cache_off_and_changes_no_number() -> None
     with pytest.warns(UserWarning, match="too large for fp16"):
         run.steps(cache)
     assert cache.off is not None
+    assert all(math.isfinite(loss) for loss in run.losses)
+    assert run.losses == pytest.approx(reference.losses, rel=2e-3)  # fp16, until it overflows
 
 
 def test_folded_norms_are_near_and_leave_the_model_as_it_is() -> None:
@@ -274,7 +278,7 @@ def test_a_way_around_the_frontier_is_refused_and_training_goes_on_as_it_is(
         run.steps(cache)
     assert same(run, reference)
     # The layer that the skip starts in may be cached: nothing goes around it.
-    held = {int(depth) for depth in cache._store.index["depth"]}
+    held = {int(depth) for depth in cache._activations.store.index["depth"]}
     assert held <= {0, 1}
 
 
@@ -386,7 +390,7 @@ def test_random_numbers_drawn_in_front_of_the_frontier_keep_it_behind_them() -> 
     cache = run.cache()
     with pytest.warns(UserWarning, match="behind layer 'middle'.*or is random"):
         run.steps(cache)
-    assert {int(depth) for depth in cache._store.index["depth"]} == {1}
+    assert {int(depth) for depth in cache._activations.store.index["depth"]} == {1}
     assert same(run, reference)
 
 

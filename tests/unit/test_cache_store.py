@@ -22,7 +22,7 @@ from freezeout.cache.inputs import Batch
 from freezeout.cache.layout import Layout
 from freezeout.cache.pays import survey
 from freezeout.cache.placeholders import Placeholders
-from freezeout.cache.plan import make_plan
+from freezeout.cache.planning import make_plan
 from freezeout.cache.store import Store
 from freezeout.errors import CacheError, InvalidValue
 from tests.models import conv_net, linear_net

@@ -1,0 +1,184 @@
+"""The activations of a data set's samples, in a store, at the depths at which they were taken."""
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import CacheError, InvalidValue
+from ..layers import Layer
+from .depths import Depths
+from .files import FileStore
+from .fingerprint import Fingerprints
+from .inputs import Batch
+from .layout import Layout
+from .placeholders import Unservable
+from .plan import Plan
+from .stats import CacheStats
+from .store import Keys, Store
+
+
+class Activations:
+    """What is kept of each sample: bytes in the store, and how to make tensors of them.
+
+    Args:
+        dtype: of activations in store; None: the type they have.
+        tell: is given what a user should know.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        layers: Sequence[Layer],
+        depths: Depths,
+        dtype: torch.dtype | None,
+        stats: CacheStats,
+        tell: Callable[[str], None],
+    ) -> None:
+        self.store = store
+        self._depths, self._dtype, self._stats, self._tell = depths, dtype, stats, tell
+        self._layouts: dict[int, Layout] = {}
+        self._fingerprints = Fingerprints(layers)
+        self._ready: set[int] = set()  # depths that the store was told of
+        self._writes = True
+
+    def clear(self) -> None:
+        """Drop all of them: they are of other weights."""
+        self.store.clear()
+        self._ready.clear()
+        self._fingerprints.forget()
+
+    def is_exact(self, depth: int) -> bool:
+        """Whether they are stored as they were computed, and not in a shorter type."""
+        return not self._layouts[depth].is_lossy
+
+    def plan_for(self, plan: Plan, batch: Batch) -> None:
+        """How this plan's tensors are stored. Unservable if they cannot be."""
+        layout = Layout(plan, batch, self._dtype)
+        known = self._layouts.setdefault(plan.depth, layout)
+        self.store.check_layout(plan.depth, layout.describe())
+        if known.describe() != layout.describe():
+            raise Unservable("what the frozen layers return has another shape than before")
+
+    def begin(self, depth: int, batch: Batch, frozen: int) -> None:
+        """Open the store for a depth, `frozen` layers being frozen. CacheError if it cannot be."""
+        if depth in self._ready:
+            return
+        store = self.store
+        if not store.is_reserved:
+            longest = batch.time if batch.lengths is not None else 0
+            store.reserve(len(store.index) * self._depths.record_bytes(longest, batch.time))
+        if not self._ready:  # what another process has left
+            for other in sorted({int(d) for d in np.unique(store.index["depth"])} - {0, depth}):
+                if other <= frozen and store.resume_depth(other, self._fingerprint(other)):
+                    self._ready.add(other)
+        store.begin_depth(depth, self._fingerprint(depth), self._layouts[depth].describe())
+        self._ready.add(depth)
+        if store.news is not None:
+            self._tell(store.news)
+            store.news = None
+
+    def _fingerprint(self, depth: int) -> str:
+        if not isinstance(self.store, FileStore):
+            return ""
+        device = self.store.serve_on.type
+        return f"{self._fingerprints.at(depth)} {precision(device)} torch {torch.__version__}"
+
+    def held(self, keys: Keys, numbers: Keys, inputs: Any, depth: int) -> Any:
+        """The depth of each key's record, at most `depth`; 0 where there is none, or none of use.
+        InvalidValue if a record is of another input."""
+        if len(set(keys.tolist())) != len(keys):
+            _check_repeated(numbers, keys, inputs)
+        held = self.store.depths(keys).copy()
+        changed = np.flatnonzero((held > 0) & (self.store.index["input"][keys] != inputs))
+        if len(changed):
+            raise InvalidValue(
+                f"the input of sample {numbers[changed[0]]} is not what it was when its "
+                "activation was stored: the data set changed, ids name other samples than before, "
+                "or augmentation is random (pass view=, of a finite set, or view=None)"
+            )
+        for start in set(held.tolist()) - {0}:
+            if start > depth or start not in self._ready:
+                held[held == start] = 0
+        return held
+
+    def make_room(self, depth: int, batch: Batch, keys: Keys, held: Any) -> Any:
+        """For which samples there is room. `held` becomes 0 for those whose record went."""
+        if not self._writes:
+            return np.zeros(batch.size, bool)
+        layout, lengths = self._layouts[depth], _lengths(batch)
+        needed = [layout.bytes_of(length) for length in lengths]
+        room = [self._depths.record_bytes(length, batch.time) for length in lengths]
+        fits = self.store.set_aside(keys, needed, room)
+        held[self.store.depths(keys) == 0] = 0  # their room was too small
+        if not fits.all():
+            self._tell(
+                f"the budget of {self.store.budget:,} bytes is used up; further samples are "
+                "computed anew each time"
+            )
+        return fits
+
+    def read(self, depth: int, batch: Batch, keys: Keys) -> list[Tensor]:
+        """The frontier's tensors for these samples, all of which are held at that depth."""
+        begin = time.perf_counter()
+        layout = self._layouts[depth]
+        if layout.is_ragged:
+            tensors = layout.from_records(self.store.read(keys), _lengths(batch), batch.time)
+        else:
+            tensors = layout.from_rows(self.store.read_rows(keys))
+        self._stats.read_seconds += time.perf_counter() - begin
+        return tensors
+
+    def write(
+        self, depth: int, batch: Batch, keys: Keys, inputs: Any, fits: Any, tensors: list[Tensor]
+    ) -> list[Tensor]:
+        """Store what fits; returns the tensors as reading will give them. CacheError if they
+        overflow the type that they are stored in."""
+        begin = time.perf_counter()
+        layout = self._layouts[depth]
+        if layout.overflows(tensors):
+            raise CacheError("an activation is too large for fp16; use bf16 or fp32")
+        rows = np.flatnonzero(fits)
+        try:
+            if len(rows) and layout.is_ragged:
+                records = layout.to_records(tensors, _lengths(batch))
+                self.store.write(keys[rows], [records[i] for i in rows], depth, inputs[rows])
+            elif len(rows):
+                whole = layout.to_rows(tensors)
+                chosen = whole
+                if len(rows) < len(whole):
+                    chosen = whole[torch.from_numpy(rows).to(whole.device)]
+                self.store.write_rows(keys[rows], chosen, depth, inputs[rows])
+        except OSError as error:
+            self._writes = False
+            self._tell(f"cannot write to the cache ({error.strerror}); nothing more is stored")
+        self._stats.write_seconds += time.perf_counter() - begin
+        return layout.rounded(tensors)
+
+    def as_read(self, depth: int, batch: Batch, tensors: list[Tensor]) -> list[Tensor]:
+        """What reading would give if these had been stored: rounded, padding empty."""
+        layout = self._layouts[depth]
+        if not layout.is_ragged:
+            return layout.from_rows(layout.to_rows(tensors))
+        lengths = _lengths(batch)
+        return layout.from_records(layout.to_records(tensors, lengths), lengths, batch.time)
+
+
+def precision(device: str) -> str:
+    """What numbers a forward pass on this kind of device computes in, in words."""
+    autocast = torch.is_autocast_enabled(device)
+    return str(torch.get_autocast_dtype(device) if autocast else "no autocast")
+
+
+def _lengths(batch: Batch) -> list[int]:
+    return [0] * batch.size if batch.lengths is None else batch.lengths.tolist()
+
+
+def _check_repeated(numbers: Keys, keys: Keys, inputs: Any) -> None:
+    seen: dict[int, int] = {}
+    for number, key, value in zip(numbers.tolist(), keys.tolist(), inputs.tolist(), strict=True):
+        if seen.setdefault(key, value) != value:
+            raise InvalidValue(f"id {number} comes twice in this batch with different inputs")

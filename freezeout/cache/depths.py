@@ -1,0 +1,122 @@
+"""`Depths`: behind how many frozen layers activations are kept, decided once, from measurements."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+
+from ..errors import CheckpointError, InvalidValue
+from ..freezer import FreezeOut
+from ..schedule import whole_number
+from .files import FileStore
+from .inputs import Batch
+from .pays import Survey, best_depths, measure_reading, survey
+from .store import ALIGNMENT, Store
+
+
+class Depths:
+    """The numbers of frozen layers behind which activations are kept.
+
+    Args:
+        asked: "auto": where measurements say that it pays and fits; "all": where it fits; or the
+            depths themselves.
+        dtype: of activations in store; None: the type they have.
+
+    Raises:
+        InvalidValue, InvalidType: for depths that the model does not have.
+    """
+
+    def __init__(
+        self, asked: str | Iterable[int], freezer: FreezeOut, dtype: torch.dtype | None
+    ) -> None:
+        self._freezer, self._dtype = freezer, dtype
+        self._asked = asked if isinstance(asked, str) else "given"
+        self._survey: Survey | None = None
+        self.chosen: frozenset[int] | None = None  # None: not decided yet
+        if not isinstance(asked, str):
+            self.chosen = self._checked(asked)
+        elif asked not in ("auto", "all"):
+            raise InvalidValue(f"depths must be 'auto', 'all' or numbers, got {asked!r}")
+
+    def __contains__(self, depth: int) -> bool:
+        return self.chosen is not None and depth in self.chosen
+
+    @property
+    def is_surveyed(self) -> bool:
+        """Whether sizes and times have been measured."""
+        return self._survey is not None
+
+    def decide(self, batch: Batch, store: Store) -> str | None:
+        """Measure sizes and times of this batch, and choose for this store. Returns why none was
+        chosen, if none was."""
+        freezer = self._freezer
+        self._survey = survey(freezer.model, freezer.layers, batch, store.serve_on)
+        if self.chosen is not None:
+            return None
+        keys, count = len(store.index), len(freezer.layers)
+        sizes = [self._survey.bytes_at(depth, self._dtype) for depth in range(count)]
+        fitting = [s if s and s * keys <= store.budget else None for s in sizes]
+        if not any(fitting):  # part of the samples then, where they are smallest
+            smallest = min((s for s in sizes if s), default=None)
+            fitting = [s if s == smallest else None for s in sizes]
+        if self._asked == "all":
+            self.chosen = frozenset(depth for depth in range(1, count) if fitting[depth])
+        else:
+            self.chosen = frozenset(self._paying(batch, fitting, store))
+        if self.chosen:
+            return None
+        if self._asked == "auto":
+            return "by measurement it would not save time here"
+        return "no frozen layer's output has a row for each sample"
+
+    def _paying(self, batch: Batch, sizes: list[int | None], store: Store) -> list[int]:
+        assert self._survey is not None
+        freezer, keys = self._freezer, len(store.index)
+        folder = store.path if isinstance(store, FileStore) else None
+        measured = {
+            size: measure_reading(size, batch.size, store.serve_on, folder, size * keys)
+            for size in {s for s in sizes if s}
+        }
+        costs = [measured[size] if size else None for size in sizes]
+        starts = [max(freezer.step_count, end) for end in (0, *freezer.freeze_steps)]
+        visits = [(freezer.total_steps - start) * batch.size / keys for start in starts]
+        batches = keys / batch.size
+        return best_depths(self._survey.seconds, costs, visits[: len(sizes)], batches)
+
+    @property
+    def reached(self) -> list[int]:
+        """Depths that are kept and that the schedule reaches."""
+        deepest = sum(end < self._freezer.total_steps for end in self._freezer.freeze_steps)
+        return [depth for depth in range(1, deepest + 1) if depth in self]
+
+    def record_bytes(self, length: int = 0, time: int = 0) -> int:
+        """Bytes to set aside for a sample's record, so that one of any depth fits; of a sequence
+        of `length` in a batch that is padded to `time`, if that is not 0."""
+        assert self._survey is not None
+        sizes = [self._survey.bytes_at(depth, self._dtype) or 0 for depth in self.reached]
+        largest = max(sizes, default=0)
+        size = -(-largest * length // time) if time else largest
+        return -(-size // ALIGNMENT) * ALIGNMENT
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was decided from measurements, so that a resumed run decides alike."""
+        return {
+            "depths": None if self.chosen is None else sorted(self.chosen),
+            "layers": [layer.name for layer in self._freezer.layers],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what `state_dict()` returned. CheckpointError if it is of other layers."""
+        if not isinstance(state, Mapping) or {"depths", "layers"} - set(state):
+            raise CheckpointError("this is no PrefixCache state")
+        if state["layers"] != self.state_dict()["layers"]:
+            raise CheckpointError("the PrefixCache state is of other layers")
+        if state["depths"] is not None:
+            self.chosen = self._checked(state["depths"])
+
+    def _checked(self, depths: Iterable[int]) -> frozenset[int]:
+        chosen, count = frozenset(depths), len(self._freezer.layers)
+        for depth in chosen:
+            if not 1 <= whole_number("depths", depth) < max(count, 2):
+                raise InvalidValue(f"depths must be in 1..{count - 1}, got {depth}")
+        return chosen

@@ -1,0 +1,65 @@
+"""Forward passes that leave no mark on a model, and when two tensors are the same."""
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from ..layers.trace import random_state_kept
+
+
+@contextmanager
+def scratch(model: nn.Module) -> Iterator[None]:
+    """Forward passes that leave no trace: buffers and generators are put back."""
+    buffers = [
+        (module, name, buffer, None if buffer is None else buffer.clone())
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+    ]
+    python = random.getstate()
+    with random_state_kept(model):
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            with torch.no_grad():
+                for module, name, buffer, kept in buffers:
+                    module._buffers[name] = buffer
+                    # Norms change theirs without a new version; frozen ones keep the old.
+                    if buffer is not None and kept is not None and not equal(buffer, kept):
+                        buffer.copy_(kept)
+
+
+def generators(model: nn.Module) -> list[bytes]:
+    """The state of every generator that a forward pass may draw from."""
+    states = [torch.get_rng_state().numpy().tobytes(), repr(random.getstate()).encode()]
+    if any(parameter.is_cuda for parameter in model.parameters()):
+        states.append(torch.cuda.get_rng_state().numpy().tobytes())
+    return states
+
+
+def equal(one: Tensor, other: Tensor) -> bool:
+    """Bit for bit, where a NaN equals a NaN."""
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return False
+    if torch.equal(one, other):
+        return True
+    return (one.is_floating_point() or one.is_complex()) and bool(
+        ((one == other) | (one.isnan() & other.isnan())).all()
+    )
+
+
+def close(one: Tensor, other: Tensor) -> bool:
+    """Whether two computations of the same samples agree, up to the order of summation: the norm
+    of the difference is at most 1e-5 of the norm in fp32 on a CPU."""
+    if one.dtype != other.dtype or not (one.is_floating_point() or one.is_complex()):
+        return one.dtype == other.dtype and torch.equal(one, other)
+    if equal(one, other):
+        return True
+    bound = 1e-5 if one.device.type == "cpu" else 1e-2  # TF32
+    if one.dtype in (torch.bfloat16, torch.float16) or torch.is_autocast_enabled(one.device.type):
+        bound = 3e-2
+    one, other = one.double(), other.double()
+    return bool((one - other).norm() <= bound * torch.maximum(one.norm(), other.norm()))
