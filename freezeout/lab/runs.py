@@ -143,8 +143,14 @@ class Run:
         if not self.freezes:
             return "ordinary"
         words = [self.values["how_scale"], "scaled" if self.values["scale_lr"] else "unscaled"]
-        for name, value in self.arm:
-            if name not in (*_SCHEDULE, "total_steps") and value not in (False, None):
+        others = {k: v for k, v in self.arm if k not in (*_SCHEDULE, "total_steps")}
+        cache, views = others.pop("cache", "off"), others.pop("views", None)
+        if cache != "off":
+            words.append("cached" if cache == "auto" else f"cached ({cache})")
+        if views is not None:
+            words.append(f"{views} view" + "s" * (views != 1))
+        for name, value in others.items():
+            if value not in (False, None):
                 words.append(name.replace("_", " ") + ("" if value is True else f" {value}"))
         return " ".join(words)
 

@@ -20,7 +20,7 @@ from freezeout.cli import main
 from freezeout.errors import DataError
 from freezeout.lab.report import style, write_report
 from freezeout.lab.report.compare import Comparison, Group, difference, group_runs
-from freezeout.lab.report.figures import schedule_curves
+from freezeout.lab.report.figures import schedule_curves, timeline
 from freezeout.lab.runs import find_run_folders, read_run
 from freezeout.schedule import Schedule
 from tests import reference
@@ -74,6 +74,18 @@ def test_the_curves_of_figure_1_are_the_papers(
         assert curve[0] == pytest.approx(steps / end if scale_lr else 1)
         assert curve[end - 1] > 0
         assert curve[end:] == [0] * (steps + 1 - end)
+
+
+def test_a_strategy_looks_alike_in_every_report_and_no_two_look_alike_in_one() -> None:
+    plain = ("cubic scaled", "linear unscaled")
+    cached = tuple(f"cubic scaled cached {n} views" for n in (2, 4, 8))
+    found = style.looks((*plain, *cached))
+    assert len({look.colour for look in found.values()}) == 5
+    assert len({look.marker for look in found.values()}) == 5
+    assert {name: found[name] for name in plain} == style.looks(plain)
+    assert found["cubic scaled"] == style.looks(("cubic scaled",))["cubic scaled"]
+    # The plain one's colour stays free for it, though it is not in this report.
+    assert found["cubic scaled"] not in style.looks(cached).values()
 
 
 # Comparisons.
@@ -428,6 +440,23 @@ def test_one_run_folder_is_a_report_as_well(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("undrawn")
+def test_cached_arms_are_told_apart_by_name(tmp_path: Path) -> None:
+    """And a slower step in a later panel does not leave the chart."""
+    write_run(tmp_path / "full", freezeout=False)
+    write_run(tmp_path / "plain")
+    write_run(tmp_path / "auto", cache="auto", views=1)
+    write_run(tmp_path / "ram", cache="ram", views=4, step_seconds=(0.03, 0.03, 0.01, 0.01))
+    (group,) = groups(tmp_path)
+    assert set(group.strategies) == {
+        "cubic scaled",
+        "cubic scaled cached 1 view",
+        "cubic scaled cached (ram) 4 views",
+    }
+    lowest = timeline(group).axes[-1]
+    assert lowest.get_ylim()[1] >= 30
+    assert lowest.get_ylim()[0] == 0
+
+
 def test_many_undecided_arms_are_told_in_one_sentence(tmp_path: Path) -> None:
     for t_0 in (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8):
         write_run(tmp_path / f"arm{t_0}", t_0=t_0)

@@ -11,7 +11,7 @@ from ...schedule import Schedule
 from ..runs import Run
 from . import style
 from .compare import Arm, Group
-from .style import INK, MUTED, ORDINARY, PAPER, colour, marker
+from .style import INK, MUTED, ORDINARY, PAPER, looks
 
 matplotlib.use("svg")  # no window
 
@@ -34,7 +34,8 @@ def schedules(shown: dict[str, Schedule]) -> Figure:
     figure, axes = _panels(rows, columns, height=2.5 * rows + 0.2, wide=True)
     for ax, (label, schedule) in zip(axes, shown.items(), strict=False):
         curves = schedule_curves(schedule)
-        hue = colour(" ".join(label.split()[:2]))
+        name = " ".join(label.split()[:2])
+        hue = looks([name])[name].colour
         for i, curve in enumerate(curves):
             x = [100 * s / (len(curve) - 1) for s in range(len(curve))]
             frozen = next((s for s, rate in enumerate(curve) if rate == 0), len(curve) - 1)
@@ -56,7 +57,8 @@ def error_against_time(group: Group) -> Figure:
     lines = [("ordinary run, shortened", group.ordinary, ORDINARY, "X", "--")]
     for strategy in group.strategies:
         arms = tuple(arm for arm in group.freezing if arm.strategy == strategy)
-        lines.append((strategy, arms, colour(strategy), marker(strategy), "-"))
+        look = looks(group.strategies)[strategy]
+        lines.append((strategy, arms, look.colour, look.marker, "-"))
     for label, arms, hue, mark, dashes in lines:
         known = sorted(
             ((arm.time_saved, arm) for arm in arms if arm.time_saved is not None and arm.errors),
@@ -117,7 +119,7 @@ def error_against_epochs(group: Group) -> Figure:
         if group.full is not None:
             draw(ax, group.full, color=ORDINARY, linewidth=1.2, label="ordinary")
         for arm, shade in zip(arms, _shades(len(arms)), strict=True):
-            rival, hue = group.rival_of(arm), colour(strategy)
+            rival, hue = group.rival_of(arm), looks(group.strategies)[strategy].colour
             draw(ax, arm, color=hue, alpha=shade, label=f"t₀ = {arm.t_0:g}")
             if rival is not None and rival is not group.full:
                 look: dict[str, Any] = {
@@ -146,25 +148,26 @@ def error_bars(group: Group) -> Figure:
     rows = len(group.arms)
     figure, axes = _panels(1, 2, height=0.27 * rows + 1.0, wide=True)
     left, right = axes
+    own = looks(group.strategies)
     for y, arm in enumerate(group.arms):
-        hue = colour(arm.strategy) if arm.freezes else ORDINARY
+        hue = own[arm.strategy].colour if arm.freezes else ORDINARY
         errors = [100 * error for error in arm.errors.values()]
         left.plot(
             errors, [y + 0.24] * len(errors), "o", color=hue, markersize=3.5, alpha=0.6, mew=0
         )
         if arm.mean is not None:
-            mark = marker(arm.strategy) if arm.freezes else "X"
+            mark = own[arm.strategy].marker if arm.freezes else "X"
             left.errorbar(100 * arm.mean, y, xerr=100 * (arm.sd or 0), **_point(hue, mark))
     for comparison in group.comparisons:
         y, found = group.arms.index(comparison.arm), comparison.to_rival
         if found is None:
             right.text(0, y, "no rival", ha="center", va="center", fontsize=8, color=MUTED)
             continue
-        hue, mark = colour(comparison.arm.strategy), marker(comparison.arm.strategy)
+        look = own[comparison.arm.strategy]
         reach: Any = None
         if found.low is not None and found.high is not None:
             reach = [[100 * (found.mean - found.low)], [100 * (found.high - found.mean)]]
-        right.errorbar(100 * found.mean, y, xerr=reach, **_point(hue, mark))
+        right.errorbar(100 * found.mean, y, xerr=reach, **_point(look.colour, look.marker))
     right.axvline(0, color=MUTED, linewidth=1)
     largest = max([abs(x) for x in right.get_xlim()] + [0.1])
     right.set_xlim(-largest, largest)
@@ -195,7 +198,7 @@ def timeline(group: Group) -> Figure:
             below.plot(x, seconds, color=ORDINARY, linewidth=1.2, label="ordinary")
         for arm, shade in zip(arms, _shades(len(arms)), strict=True):
             look: dict[str, Any] = {
-                "color": colour(strategy),
+                "color": looks(group.strategies)[strategy].colour,
                 "alpha": shade,
                 "label": f"t₀ = {arm.t_0:g}",
             }
@@ -205,8 +208,6 @@ def timeline(group: Group) -> Figure:
             below.plot(x, seconds, **look)
         above.set(title=strategy, xlim=(0, None))
         below.set(xlabel="epochs", xlim=above.get_xlim())
-        above.set_ylim(0, None)
-        below.set_ylim(0, None)
         if below.lines:  # there is room below the curves: a step without backward takes a third
             columns_of_it = 2 if len(below.lines) > 3 else 1
             below.legend(
@@ -216,6 +217,8 @@ def timeline(group: Group) -> Figure:
                 columnspacing=1,
                 labelspacing=0.25,
             )
+    for ax in axes:  # last, since the panels of a row share their limits
+        ax.set_ylim(0, None)
     axes[0].set_ylabel("frozen layers")
     axes[columns].set_ylabel("milliseconds a step")
     return figure
@@ -230,12 +233,13 @@ def predicted_against_measured(group: Group) -> Figure | None:
     for strategy in dict.fromkeys(arm.strategy for arm, _, _ in pairs):
         mine = [(p, m) for arm, p, m in pairs if arm.strategy == strategy]
         x, y = zip(*mine, strict=True)
+        own = looks(group.strategies)[strategy]
         look: dict[str, Any] = {
-            "color": colour(strategy),
+            "color": own.colour,
             "markeredgecolor": PAPER,
             "markersize": 7,
         }
-        ax.plot(x, y, marker(strategy), **look, label=strategy, zorder=3)
+        ax.plot(x, y, own.marker, **look, label=strategy, zorder=3)
     ends = [min(0.0, *(v for _, *pair in pairs for v in pair))]
     ends.append(max(v for _, *pair in pairs for v in pair) * 1.12 + 1)
     ax.plot(ends, ends, color=MUTED, linewidth=1, linestyle="--", label="as predicted")

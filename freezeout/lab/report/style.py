@@ -6,6 +6,8 @@ and lighter on black; strategies differ in their markers as well.
 
 import io
 import re
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -41,20 +43,32 @@ _NUMBERED = re.compile(r' id="[A-Za-z0-9.]+_\d+"')
 _FONT_FAMILY = re.compile(r"font: ([^;\"]*?px) [^;\"]*")
 
 
-def colour(strategy: str) -> str:
-    """A strategy's colour on light ground."""
-    return COLOURS[_look(strategy)[0]][0]
+@dataclass(frozen=True)
+class Look:
+    """How a strategy is drawn: its colour on light ground, and its marker."""
+
+    colour: str
+    marker: str
 
 
-def marker(strategy: str) -> str:
-    return _look(strategy)[1]
+def looks(strategies: Sequence[str]) -> dict[str, Look]:
+    """Of the strategies in one figure, all different as far as the colours go.
+
+    A strategy looks the same in every report. One with further options (cached, say) takes a
+    colour and a marker that no other here has.
+    """
+    own = {name: _STRATEGIES[name] for name in strategies if name in _STRATEGIES}
+    taken = {*own.values(), *(_STRATEGIES[base] for s in strategies if (base := _base(s)))}
+    spare = [look for look in _STRATEGIES.values() if look not in taken] + [("--ink", "X")]
+    others = [name for name in strategies if name not in own]
+    own |= {name: spare[min(i, len(spare) - 1)] for i, name in enumerate(others)}
+    return {name: Look(COLOURS[own[name][0]][0], own[name][1]) for name in strategies}
 
 
-def _look(strategy: str) -> tuple[str, str]:
-    if strategy in _STRATEGIES:
-        return _STRATEGIES[strategy]
-    # One with further options looks like that without.
-    return _STRATEGIES.get(" ".join(strategy.split()[:2]), ("--ink", "X"))
+def _base(strategy: str) -> str | None:
+    """The strategy without further options."""
+    words = " ".join(strategy.split()[:2])
+    return words if words in _STRATEGIES else None
 
 
 def css_variables(dark: bool) -> str:
