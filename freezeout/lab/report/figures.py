@@ -203,7 +203,7 @@ def timeline(group: Group) -> Figure:
                 "label": f"t₀ = {arm.t_0:g}",
             }
             x, frozen = _of_epochs(arm, scale, "frozen_layers")
-            above.plot([0, *x], [0, *frozen], drawstyle="steps-pre", **look)
+            above.plot([0, *x], [0, *frozen], drawstyle="steps-post", **look)
             x, seconds = _of_epochs(arm, scale, "step_seconds")
             below.plot(x, seconds, **look)
         above.set(title=strategy, xlim=(0, None))
