@@ -27,6 +27,7 @@ from pathlib import Path
 from types import FrameType
 from typing import IO, Any
 
+from ..atomic import write_atomically
 from ..errors import CheckpointError, FreezeOutError, InvalidValue
 from .config import TrainConfig
 from .equal_time import equal_time_steps
@@ -34,7 +35,6 @@ from .forecast import Forecast
 from .runs import CONFIG, WEIGHTS, Run, read_run
 from .study import Cell, Study, impossible
 from .sweep_display import SweepDisplay
-from .worker import write_json
 
 STATE, STUDY, COSTS = "sweep.json", "sweep.toml", "step_costs.json"
 _POLL_SECONDS = 0.05
@@ -286,7 +286,7 @@ class _Sweep:
             {"run": str(folder.relative_to(out)), "status": s.status, "error": s.error}
             for folder, s in self.states.items()
         ]
-        write_json(out / STATE, {"runs": runs})
+        write_atomically(out / STATE, json.dumps({"runs": runs}, indent=2) + "\n")
 
 
 def _check_same_run(cell: Cell) -> None:
@@ -388,10 +388,8 @@ def _last_words(log: Path | None, status: int) -> str:
 def _write_study(study: Study) -> None:
     """Without touching a file that says the same."""
     path, text = study.out / STUDY, study.to_toml()
-    if not path.exists() or path.read_text() != text:
-        temporary = path.with_name(f".{path.name}.tmp")
-        temporary.write_text(text)
-        os.replace(temporary, path)
+    if not path.exists() or path.read_bytes() != text.encode():
+        write_atomically(path, text)
 
 
 @contextmanager
