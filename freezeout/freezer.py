@@ -18,6 +18,7 @@ from .layers import ExampleInputs, Layer, OrderCheck, find_layers, given_layers
 from .layers.layer import merged
 from .optimizers import SplitOptimizer, check_optimizers
 from .schedule import Schedule, factor, whole_number
+from .words import duration
 
 _STEEP = 10.0  # starting rates above this multiple of the base rate earn a warning
 _SAMPLES = 64  # step durations kept a depth, for medians
@@ -304,7 +305,7 @@ class FreezeOut:
         saved = self.seconds_saved()
         if saved is not None:
             seconds, share = saved
-            froze += f"; {_duration(seconds)} saved ({share:.0%} of the steps' time)"
+            froze += f"; {duration(seconds)} saved ({share:.0%} of the steps' time)"
         predicted = None if step_costs is None else self.predicted_share(step_costs)
         return froze if predicted is None else f"{froze}, predicted {predicted:.0%}"
 
@@ -428,10 +429,3 @@ def _counted(found: list[Layer], optimizers: Sequence[Optimizer]) -> list[Layer]
     if waiting:
         counted[-1] = merged(counted[-1].name, [counted[-1], *waiting])
     return counted
-
-
-def _duration(seconds: float) -> str:
-    for unit, size in (("h", 3600), ("min", 60)):
-        if abs(seconds) >= 2 * size:
-            return f"{seconds / size:.3g} {unit}"
-    return f"{seconds:.2g} s"

@@ -13,6 +13,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from ..words import duration
+
 
 class Display:
     """Shows a run's steps and epochs on standard output.
@@ -88,15 +90,3 @@ class Display:
     def say(self, text: str) -> None:
         """Print a line, above the live one if there is one."""
         self.console.print(text, markup=False)
-
-
-def duration(seconds: float) -> str:
-    """Seconds as a person says them.
-
-    >>> duration(42.3), duration(300), duration(7300)
-    ('42 s', '5 min', '2 h 2 min')
-    """
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"

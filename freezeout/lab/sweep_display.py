@@ -7,7 +7,7 @@ from typing import Self
 from rich.console import Console
 from rich.status import Status
 
-from .display import duration
+from ..words import duration
 from .runs import Run
 
 

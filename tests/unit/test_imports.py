@@ -12,7 +12,7 @@ PACKAGE = Path(freezeout.__file__).parent
 
 # Each part may import those in front of it (docs/design.md).
 ORDER = [
-    {"errors", "atomic"},
+    {"errors", "atomic", "words"},
     {"schedule"},
     {"cost"},
     {"layers"},
@@ -35,7 +35,7 @@ HOME = {
     "find_layers": "layers",
     "__version__": "errors",
 }
-STANDARD_LIBRARY_ONLY = {"errors", "atomic", "schedule", "cost"}
+STANDARD_LIBRARY_ONLY = {"errors", "atomic", "words", "schedule", "cost"}
 # They plan and read runs, and leave the training to other processes.
 PLANNING = {
     ("lab", name)

@@ -34,8 +34,8 @@ from ...profile import (
 )
 from ...profile.fake import faked
 from ...schedule import HowScale, Schedule
+from ...words import duration, size
 from ..device import choose_device, hardware, versions
-from ..display import duration
 from .config import EstimateConfig
 from .subject import Subject, build, moved
 
@@ -404,15 +404,3 @@ def name_of(schedule: Schedule | None) -> str:
     if schedule is None:
         return "ordinary"
     return f"{schedule.how_scale} {schedule.t_0:g}{'' if schedule.scale_lr else ' unscaled'}"
-
-
-def size(count: float) -> str:
-    """Bytes as a person says them.
-
-    >>> size(1536), size(3.2e9)
-    ('1.5 KiB', '2.98 GiB')
-    """
-    for unit, factor in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if count >= factor:
-            return f"{count / factor:.3g} {unit}"
-    return f"{count:.0f} B"
