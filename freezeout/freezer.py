@@ -17,10 +17,9 @@ from .errors import FreezeOutError, InvalidType, InvalidValue
 from .layers import ExampleInputs, Layer, OrderCheck, find_layers, given_layers
 from .layers.layer import merged
 from .optimizers import SplitOptimizer, check_optimizers
-from .schedule import Schedule, factor, whole_number
+from .schedule import STEEP, Schedule, factor, whole_number
 from .words import duration
 
-_STEEP = 10.0  # starting rates above this multiple of the base rate earn a warning
 _SAMPLES = 64  # step durations kept a depth, for medians
 
 
@@ -105,7 +104,7 @@ class FreezeOut:
         self._counts: dict[int, int] = {}
         # What may raise comes before what leaves marks on the optimizers and the model.
         largest = self.schedule.largest_factor(len(self.layers), self.total_steps, freeze_every)
-        if anneal and largest > _STEEP:
+        if anneal and largest > STEEP:
             rate = max(float(group["lr"]) for each in optimizers for group in each.param_groups)
             warnings.warn(
                 f"the first layer starts at {largest:.3g} times the base learning rate "

@@ -33,14 +33,13 @@ from ...profile import (
     predict_memory,
 )
 from ...profile.fake import faked
-from ...schedule import HowScale, Schedule
+from ...schedule import STEEP, HowScale, Schedule
 from ...words import duration, size
 from ..device import choose_device, hardware, versions
 from .config import EstimateConfig
 from .subject import Subject, build, moved
 
-STEEP = 10.0  # a starting rate above this multiple of the base rate is said
-LITTLE = 0.02  # so is a saving below this share
+LITTLE = 0.02  # a saving below this share is said
 COMPARED_T_0 = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 _READ_BYTES = 32 * 2**20
 
