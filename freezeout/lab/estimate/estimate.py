@@ -55,18 +55,24 @@ class LayerCost:
 
 
 @dataclass(frozen=True)
-class Step:
-    """One training step at every depth k = 0 ... n - 1.
-
-    Attributes:
-        seconds: measured; None: only counted. cached_seconds: if frozen results were read.
-    """
+class CountedStep:
+    """What is known of a training step without making one, at every depth k = 0 ... n - 1."""
 
     layers: tuple[LayerCost, ...]
     count: StepCount
     memory: Memory
     batch_size: int
     precision: str
+
+
+@dataclass(frozen=True)
+class Step(CountedStep):
+    """A step that may have been measured as well.
+
+    Attributes:
+        seconds: measured; None: only counted. cached_seconds: if frozen results were read.
+    """
+
     seconds: tuple[float, ...] | None
     cached_seconds: tuple[float, ...] | None
 
@@ -153,7 +159,7 @@ def _step(
             "--no-measure"
         )
     if not config.measure and counted is not None:
-        return Step(*counted, seconds=None, cached_seconds=None)
+        return Step(**vars(counted), seconds=None, cached_seconds=None)
     with _real_mistakes(config, device, counted):
         with torch.device(device):
             built = build(config)
@@ -163,19 +169,16 @@ def _step(
             counted = _counted(subject)
         say(f"measuring it on {hardware(device)}")
         start = time.perf_counter()
-        shape = counted[1].step_costs()
+        shape = counted.count.step_costs()
         seconds = measure_step_costs(subject.step, subject.layers, shape=shape, device=device)
-        cached = _cached(config, subject, counted[1], seconds, device) if config.cache else None
+        cached = _cached(subject, counted.count, seconds, device) if config.cache else None
         say(f"measured in {duration(time.perf_counter() - start)}")
-    return Step(*counted, tuple(seconds), cached)
-
-
-Counted = tuple[tuple[LayerCost, ...], StepCount, Memory, int, str]
+    return Step(**vars(counted), seconds=tuple(seconds), cached_seconds=cached)
 
 
 def _without_memory(
     config: EstimateConfig, device: torch.device
-) -> tuple[Counted | None, str | None]:
+) -> tuple[CountedStep | None, str | None]:
     """The counts, from tensors without memory; or None and why there are none."""
     with torch.device("meta"):
         built = build(config)
@@ -198,7 +201,7 @@ def _is_for_lack_of_values(error: BaseException | None) -> bool:
     return error is not None
 
 
-def _counted(subject: Subject) -> Counted:
+def _counted(subject: Subject) -> CountedStep:
     count = count_step(subject.model, subject.layers, subject.loss)
     memory = predict_memory(
         subject.step,
@@ -213,12 +216,12 @@ def _counted(subject: Subject) -> Counted:
         LayerCost(layer.name, sum(p.numel() for p in layer.parameters), forward, backward)
         for layer, forward, backward in zip(subject.layers, count.forward, spared, strict=True)
     )
-    return layers, count, memory, subject.batch_size, subject.precision
+    return CountedStep(layers, count, memory, subject.batch_size, subject.precision)
 
 
 @contextmanager
 def _real_mistakes(
-    config: EstimateConfig, device: torch.device, counted: Counted | None
+    config: EstimateConfig, device: torch.device, counted: CountedStep | None
 ) -> Iterator[None]:
     """What goes wrong in a model's own step, as one line."""
     try:
@@ -226,7 +229,7 @@ def _real_mistakes(
     except FreezeOutError:
         raise
     except torch.OutOfMemoryError as error:
-        needed = f", which needs {size(counted[2].steps[0].peak)}" if counted else ""
+        needed = f", which needs {size(counted.memory.steps[0].peak)}" if counted else ""
         raise InvalidValue(
             f"a training step of {config.model}{needed}, does not fit into the memory of {device}; "
             "take fewer items a step, or --no-measure"
@@ -241,7 +244,6 @@ def _real_mistakes(
 
 
 def _cached(
-    config: EstimateConfig,
     subject: Subject,
     count: StepCount,
     seconds: list[float],
