@@ -13,6 +13,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from .checks import EngagedCheck, UpdateWatch, check_state, check_unchanged
+from .cost import check_one_a_layer, saving_of
 from .errors import FreezeOutError, InvalidType, InvalidValue
 from .layers import ExampleInputs, Layer, OrderCheck, find_layers, given_layers
 from .layers.layer import merged
@@ -290,12 +291,9 @@ class FreezeOut:
         """The share of the cost of the steps made so far that freezing should have saved, by the
         cost of one step with k layers frozen, k = 0 ... n - 1, in any unit (see
         `freezeout.profile`). None before the first step."""
-        if len(step_costs) != len(self.layers):
-            raise InvalidValue(f"{len(step_costs)} step costs for {len(self.layers)} layers")
-        if not self._counts:
-            return None
-        spent = sum(count * step_costs[depth] for depth, count in self._counts.items())
-        return 1 - spent / (step_costs[0] * sum(self._counts.values()))
+        counts = [self._counts.get(depth, 0) for depth in range(len(self.layers))]
+        check_one_a_layer(step_costs, counts)
+        return saving_of(step_costs, counts) if self._counts else None
 
     def summary(self, step_costs: Sequence[float] | None = None) -> str:
         """One line: what was frozen, what that saved, and with `step_costs` what was predicted

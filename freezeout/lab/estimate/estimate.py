@@ -19,6 +19,7 @@ from ...cost import (
     paper_costs,
     paper_saving,
     run_cost,
+    saving,
     steps_at_depth,
     t_0_for_saving,
     with_cache,
@@ -347,14 +348,9 @@ def _run(
     flops = step.count.step_costs()
     if cached:
         flops = with_cache(flops, step.count.prefix_costs(), [0.0] * n)
-    flops_spent = run_cost(flops, freeze_steps, total_steps)
-    flops_saved = 1 - flops_spent / (total_steps * flops[0])
+    flops_saved = saving(flops, freeze_steps, total_steps)
+    # No result is read before a layer is frozen: a full step costs the same with a cache.
     own = step.cached_seconds if cached else step.seconds
-    spent = run_cost(own, freeze_steps, total_steps) if own is not None else None
-    if step.seconds is not None and spent is not None:
-        saved = 1 - spent / (total_steps * step.seconds[0])
-    else:
-        saved = flops_saved
     depths = [sum(f <= at for f in freeze_steps) for at in (0, total_steps // 2, total_steps - 1)]
     peaks = [step.memory.steps[depth].peak for depth in depths]
     return Run(
@@ -363,10 +359,10 @@ def _run(
         epochs=epochs,
         total_steps=total_steps,
         freeze_steps=freeze_steps,
-        flops=flops_spent,
+        flops=run_cost(flops, freeze_steps, total_steps),
         flops_saved=flops_saved,
-        seconds=spent,
-        saved=saved,
+        seconds=None if own is None else run_cost(own, freeze_steps, total_steps),
+        saved=flops_saved if own is None else saving(own, freeze_steps, total_steps),
         largest_rate=times.largest_factor(n, total_steps) * config.lr,
         peak_bytes=(peaks[0], peaks[1], peaks[2]),
         batch_growth=step.memory.batch_growth(depths[2]),
