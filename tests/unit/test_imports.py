@@ -15,6 +15,7 @@ ORDER = [
     {"errors", "atomic", "words"},
     {"schedule"},
     {"cost"},
+    {"clock"},
     {"layers"},
     {"optimizers", "checks"},
     {"freezer"},

@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import (
     DynamicOutputShapeException,
 )
 
+from ...cache.pays import measure_reading
 from ...cost import (
     epochs_within,
     paper_costs,
@@ -42,7 +43,7 @@ from .subject import Subject, build, moved
 
 LITTLE = 0.02  # a saving below this share is said
 COMPARED_T_0 = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
-_READ_BYTES = 32 * 2**20
+_READ_BYTES = 32 * 2**20  # of the batch whose reading is measured
 
 
 @dataclass(frozen=True)
@@ -245,31 +246,17 @@ def _real_mistakes(
 
 
 def _cached(
-    subject: Subject,
-    count: StepCount,
-    seconds: list[float],
-    device: torch.device,
+    subject: Subject, count: StepCount, seconds: list[float], device: torch.device
 ) -> tuple[float, ...]:
     """Seconds of a step at each depth if the frozen layers' results were read from memory."""
     shape = count.prefix_costs()
     prefix = measure_prefix_seconds(subject.forward, subject.layers, shape=shape, device=device)
-    rate = _read_rate(subject.batch_size, device)
-    read = [0.0, *(size / rate for size in count.frontier_bytes[1:])]
+    # A byte, as the cache reads rows of a large tensor into a batch.
+    row = max(1, _READ_BYTES // subject.batch_size)
+    reading, _ = measure_reading(row, subject.batch_size, device, folder=None, total=0)
+    rate = reading / (row * subject.batch_size)
+    read = [0.0, *(size * rate for size in count.frontier_bytes[1:])]
     return tuple(with_cache(seconds, prefix, read))
-
-
-def _read_rate(rows: int, device: torch.device) -> float:
-    """Bytes a second at which rows of a large tensor are gathered into a batch."""
-    store = torch.zeros(4 * rows, max(1, _READ_BYTES // 4 // rows), device=device)
-    order = torch.randperm(len(store), device=device)[:rows]
-    times = []
-    for _ in range(5):
-        start = time.perf_counter()
-        batch = store[order]
-        if device.type != "cpu":
-            torch.accelerator.synchronize(device)
-        times.append(time.perf_counter() - start)
-    return batch.nbytes / sorted(times)[2]
 
 
 def _runs(config: EstimateConfig, step: Step, remarks: list[str]) -> list[Run]:
