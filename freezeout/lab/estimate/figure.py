@@ -7,7 +7,8 @@ from typing import Any
 from ...atomic import write_atomically
 from ...errors import InvalidValue
 from ...schedule import Schedule, factor
-from .estimate import Estimate, name_of
+from .estimate import Estimate
+from .run import name_of
 
 _POINTS = 200
 

@@ -6,7 +6,8 @@ from rich.table import Table
 
 from ...schedule import STEEP
 from ...words import duration, size
-from .estimate import Estimate, Run
+from .estimate import Estimate
+from .run import Run
 
 _UNITS = ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
