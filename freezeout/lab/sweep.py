@@ -24,7 +24,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import FrameType
 from typing import IO, Any
 
 from ..atomic import write_atomically
@@ -33,6 +32,7 @@ from .config import TrainConfig
 from .equal_time import equal_time_steps
 from .forecast import Forecast
 from .runs import CONFIG, WEIGHTS, Run, read_run
+from .signals import stop_signals
 from .study import Cell, Study, impossible
 from .sweep_display import SweepDisplay
 
@@ -87,7 +87,8 @@ def sweep(study: Study) -> Path:
     for cell in cells:  # before anything is written
         _check_same_run(cell)
     study.out.mkdir(parents=True, exist_ok=True)
-    with _locked(study.out), _stop_signal() as stop:
+    stop = _Stop()
+    with _locked(study.out), stop_signals(stop.note):
         _write_study(study)
         with SweepDisplay(len(cells)) as display:
             return _Sweep(study, cells, display, stop).run()
@@ -417,21 +418,7 @@ class _Stop:
     number: int | None = None
     again: bool = False
 
-
-@contextmanager
-def _stop_signal() -> Iterator[_Stop]:
-    stop = _Stop()
-
-    def note(number: int, frame: FrameType | None) -> None:
-        stop.again = stop.number is not None
-        stop.number = number
-
-    try:
-        before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    except ValueError:  # not in the main thread: whoever calls handles signals
-        before = {}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    def note(self, number: int) -> None:
+        """A signal has come."""
+        self.again = self.number is not None
+        self.number = number

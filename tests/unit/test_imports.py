@@ -39,8 +39,8 @@ HOME = {
 STANDARD_LIBRARY_ONLY = {"errors", "atomic", "words", "schedule", "cost"}
 # They plan and read runs, and leave the training to other processes.
 PLANNING = {
-    ("lab", name)
-    for name in ("config", "runs", "equal_time", "study", "forecast", "sweep", "sweep_display")
+    *(("lab", name) for name in ("config", "runs", "equal_time", "study", "forecast", "sweep")),
+    *(("lab", name) for name in ("sweep_display", "display", "signals")),
 }
 # Adapters without torch: of this package they import nothing that has it.
 NO_TORCH = {("integrations", name) for name in ("jax", "jax_order", "keras")}
