@@ -1,4 +1,4 @@
-"""Quantities as a person says them."""
+"""What is said to a person: durations, sizes, and errors of others in a line."""
 
 
 def duration(seconds: float) -> str:
@@ -28,3 +28,12 @@ def size(count: float) -> str:
             # From 1000 on, three digits would be 1e+03.
             return f"{number:.3g} {unit}" if number < 999.5 else f"{number:.0f} {unit}"
     return f"{count:.0f} B"
+
+
+def first_line(error: BaseException) -> str:
+    """Of what the error says; empty if it says nothing.
+
+    >>> first_line(ValueError("no such layer\\n  in line 3"))
+    'no such layer'
+    """
+    return str(error).strip().partition("\n")[0].rstrip()

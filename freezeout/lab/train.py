@@ -17,6 +17,7 @@ from typing import Any
 
 from ..errors import CheckpointError, FreezeOutError, InvalidValue
 from ..schedule import whole_number
+from ..words import first_line
 from .cached import CachedRun
 from .config import TrainConfig
 from .device import hardware
@@ -192,10 +193,9 @@ class _Loop:
         except FreezeOutError:
             raise
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            cause = str(error).strip().partition("\n")[0]
             raise CheckpointError(
                 f"{self.folder.path}/checkpoint.pt does not fit this run: "
-                f"{type(error).__name__}: {cause}"
+                f"{type(error).__name__}: {first_line(error)}"
             ) from error
 
     def run(self) -> Path:

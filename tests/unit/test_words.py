@@ -1,11 +1,11 @@
-"""Quantities as a person says them."""
+"""Durations, sizes, and errors of others in a line, as a person reads them."""
 
 import doctest
 
 import pytest
 
 import freezeout.words
-from freezeout.words import duration, size
+from freezeout.words import duration, first_line, size
 
 
 @pytest.mark.parametrize(
@@ -32,7 +32,15 @@ def test_sizes(count: float, said: str) -> None:
     assert size(count) == said
 
 
+@pytest.mark.parametrize(
+    ("message", "line"),
+    [("one", "one"), ("\n one \n two\n", "one"), ("", ""), (" \n ", "")],
+)
+def test_the_first_line_of_an_error(message: str, line: str) -> None:
+    assert first_line(ValueError(message)) == line
+
+
 def test_the_examples_in_the_documentation() -> None:
     result = doctest.testmod(freezeout.words)
-    assert result.attempted >= 2
+    assert result.attempted == 3
     assert result.failed == 0

@@ -25,7 +25,7 @@ from ...profile import (
     predict_memory,
 )
 from ...profile.fake import faked
-from ...words import duration, size
+from ...words import duration, first_line, size
 from ..device import hardware
 from .config import EstimateConfig
 from .subject import Subject, build, moved
@@ -121,8 +121,7 @@ def _without_memory(
     except Exception as error:  # what a foreign model does with such tensors: anything
         if isinstance(error, FreezeOutError) and not _is_for_lack_of_values(error):
             raise
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        return None, lines[0].rstrip(".")
+        return None, (first_line(error) or type(error).__name__).rstrip(".")
 
 
 def _is_for_lack_of_values(error: BaseException | None) -> bool:
@@ -167,9 +166,9 @@ def _real_mistakes(
             "take fewer items a step, or --no-measure"
         ) from error
     except Exception as error:  # the user's own code: anything
-        lines = str(error).strip().splitlines() or ["no message"]
+        said = first_line(error) or "no message"
         raise InvalidValue(
-            f"a training step of {config.model} failed with {type(error).__name__}: {lines[0]}"
+            f"a training step of {config.model} failed with {type(error).__name__}: {said}"
         ) from error
     finally:
         gc.collect()
