@@ -16,10 +16,10 @@ from torch.profiler import ProfilerActivity, profile
 import tests.conftest  # noqa: F401  (lets timm be imported beside a CPU torch)
 from freezeout.lab.device import hardware
 from freezeout.lab.estimate.config import EstimateConfig
-from freezeout.lab.estimate.estimate import size
 from freezeout.lab.estimate.subject import Subject, build, moved
 from freezeout.profile import count_step, peak_bytes, predict_memory
 from freezeout.profile.fake import faked
+from freezeout.words import size
 
 from .predicted_savings import MODELS
 

@@ -25,12 +25,8 @@ def steps_at_depth(freeze_steps: Sequence[int], total_steps: int) -> list[int]:
 
 def run_cost(step_costs: Sequence[float], freeze_steps: Sequence[int], total_steps: int) -> float:
     """Cost of the whole run, in the unit of `step_costs`."""
-    if len(step_costs) != len(freeze_steps):
-        raise InvalidValue(
-            f"{len(step_costs)} step costs for {len(freeze_steps)} layers: one a layer is needed"
-        )
-    counts = steps_at_depth(freeze_steps, total_steps)
-    return sum(count * cost for count, cost in zip(counts, step_costs, strict=True))
+    check_one_a_layer(step_costs, freeze_steps)
+    return _cost_of(step_costs, steps_at_depth(freeze_steps, total_steps))
 
 
 def saving(step_costs: Sequence[float], freeze_steps: Sequence[int], total_steps: int) -> float:
@@ -41,10 +37,32 @@ def saving(step_costs: Sequence[float], freeze_steps: Sequence[int], total_steps
     >>> saving([10.0, 6.0, 2.0], (512, 729, 1000), 1000)
     0.3036
     """
-    cost = run_cost(step_costs, freeze_steps, total_steps)
+    check_one_a_layer(step_costs, freeze_steps)
+    return saving_of(step_costs, steps_at_depth(freeze_steps, total_steps))
+
+
+def saving_of(step_costs: Sequence[float], counts: Sequence[int]) -> float:
+    """`saving` of any steps: `counts[k]` were made with k layers frozen.
+
+    >>> saving_of([10.0, 6.0, 2.0], [512, 217, 271])
+    0.3036
+    """
+    check_one_a_layer(step_costs, counts)
     if not step_costs[0] > 0:
         raise InvalidValue(f"the cost of a full step must be positive, got {step_costs[0]}")
-    return 1 - cost / (total_steps * step_costs[0])
+    return 1 - _cost_of(step_costs, counts) / (sum(counts) * step_costs[0])
+
+
+def _cost_of(step_costs: Sequence[float], counts: Sequence[int]) -> float:
+    return sum(count * cost for count, cost in zip(counts, step_costs, strict=True))
+
+
+def check_one_a_layer(step_costs: Sequence[float], layers: Sequence[object]) -> None:
+    """InvalidValue unless there is a cost for each layer: n layers have n depths, 0 ... n - 1."""
+    if len(step_costs) != len(layers):
+        raise InvalidValue(
+            f"{len(step_costs)} step costs for {len(layers)} layers: one a layer is needed"
+        )
 
 
 def with_cache(

@@ -13,13 +13,14 @@ from torch import nn
 from torch.optim import Optimizer
 
 from .checks import EngagedCheck, UpdateWatch, check_state, check_unchanged
+from .cost import check_one_a_layer, saving_of
 from .errors import FreezeOutError, InvalidType, InvalidValue
 from .layers import ExampleInputs, Layer, OrderCheck, find_layers, given_layers
 from .layers.layer import merged
 from .optimizers import SplitOptimizer, check_optimizers
-from .schedule import Schedule, factor, whole_number
+from .schedule import STEEP, Schedule, factor, whole_number
+from .words import duration
 
-_STEEP = 10.0  # starting rates above this multiple of the base rate earn a warning
 _SAMPLES = 64  # step durations kept a depth, for medians
 
 
@@ -104,7 +105,7 @@ class FreezeOut:
         self._counts: dict[int, int] = {}
         # What may raise comes before what leaves marks on the optimizers and the model.
         largest = self.schedule.largest_factor(len(self.layers), self.total_steps, freeze_every)
-        if anneal and largest > _STEEP:
+        if anneal and largest > STEEP:
             rate = max(float(group["lr"]) for each in optimizers for group in each.param_groups)
             warnings.warn(
                 f"the first layer starts at {largest:.3g} times the base learning rate "
@@ -290,12 +291,9 @@ class FreezeOut:
         """The share of the cost of the steps made so far that freezing should have saved, by the
         cost of one step with k layers frozen, k = 0 ... n - 1, in any unit (see
         `freezeout.profile`). None before the first step."""
-        if len(step_costs) != len(self.layers):
-            raise InvalidValue(f"{len(step_costs)} step costs for {len(self.layers)} layers")
-        if not self._counts:
-            return None
-        spent = sum(count * step_costs[depth] for depth, count in self._counts.items())
-        return 1 - spent / (step_costs[0] * sum(self._counts.values()))
+        counts = [self._counts.get(depth, 0) for depth in range(len(self.layers))]
+        check_one_a_layer(step_costs, counts)
+        return saving_of(step_costs, counts) if self._counts else None
 
     def summary(self, step_costs: Sequence[float] | None = None) -> str:
         """One line: what was frozen, what that saved, and with `step_costs` what was predicted
@@ -304,7 +302,7 @@ class FreezeOut:
         saved = self.seconds_saved()
         if saved is not None:
             seconds, share = saved
-            froze += f"; {_duration(seconds)} saved ({share:.0%} of the steps' time)"
+            froze += f"; {duration(seconds)} saved ({share:.0%} of the steps' time)"
         predicted = None if step_costs is None else self.predicted_share(step_costs)
         return froze if predicted is None else f"{froze}, predicted {predicted:.0%}"
 
@@ -428,10 +426,3 @@ def _counted(found: list[Layer], optimizers: Sequence[Optimizer]) -> list[Layer]
     if waiting:
         counted[-1] = merged(counted[-1].name, [counted[-1], *waiting])
     return counted
-
-
-def _duration(seconds: float) -> str:
-    for unit, size in (("h", 3600), ("min", 60)):
-        if abs(seconds) >= 2 * size:
-            return f"{seconds / size:.3g} {unit}"
-    return f"{seconds:.2g} s"

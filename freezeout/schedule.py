@@ -23,6 +23,7 @@ from .errors import InvalidType, InvalidValue
 
 HowScale = Literal["linear", "squared", "cubic"]
 POWERS: dict[str, int] = {"linear": 1, "squared": 2, "cubic": 3}
+STEEP = 10.0  # starting rates above this multiple of the base rate earn a warning
 
 # 0.8**3 * 1000 is 512.0000000000001 in floating point and must count as 512.
 _ROUNDING = 1 - 1e-12

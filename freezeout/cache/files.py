@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..atomic import temporary_name, write_atomically
 from ..errors import CacheError, InvalidValue
 from .store import INDEX, Keys, Store
 
@@ -30,7 +31,7 @@ except ImportError:  # not a POSIX system: two processes are not kept apart
     fcntl = None  # type: ignore[assignment]
 
 RECORDS, INDEX_FILE, HEADER = "activations.bin", "index.bin", "cache.json"
-_FILES = {RECORDS, INDEX_FILE, HEADER, f"{HEADER}.tmp", "lock"}
+_FILES = {RECORDS, INDEX_FILE, HEADER, temporary_name(Path(HEADER)).name, "lock"}
 _VERSION = 1
 
 
@@ -179,12 +180,7 @@ class FileStore(Store):
 
     def _write_header(self) -> None:
         header = {"purpose": self._purpose, "depths": self._depths, "bytes": len(self._bytes)}
-        temporary = self.path / f"{HEADER}.tmp"
-        with open(temporary, "w") as file:
-            file.write(json.dumps(header, indent=1) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, self.path / HEADER)
+        write_atomically(self.path / HEADER, json.dumps(header, indent=1) + "\n")
 
     def write_rows(self, keys: Keys, rows: Tensor, depth: int, inputs: Any) -> None:
         self.write(keys, list(rows.cpu()), depth, inputs)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from ..clock import seconds_of, wait
 from ..layers import Layer
 from ..layers.trace import _uncompiled
 from .inputs import Batch
@@ -96,7 +97,7 @@ def _events(model: nn.Module, batch: Batch, device: torch.device) -> tuple[float
                 size = tensor.numel() // batch.size * tensor.element_size()
                 event.sizes[tensor.dtype] = event.sizes.get(tensor.dtype, 0) + size
         results.update((place(tensor), tensor) for tensor in tensors)
-        _wait(device)
+        wait(device)
         event.end = time.perf_counter()
         events.append(event)
 
@@ -112,7 +113,7 @@ def _events(model: nn.Module, batch: Batch, device: torch.device) -> tuple[float
                 module.register_forward_hook(after),
             ):
                 stack.callback(handle.remove)
-        _wait(device)
+        wait(device)
         begin = time.perf_counter()
         with torch.no_grad():
             model(*batch.args, **batch.kwargs)
@@ -229,16 +230,4 @@ def best_depths(
 
 
 def _seconds(work: Callable[[], object], device: torch.device) -> float:
-    times = []
-    for _ in range(1 + _ROUNDS):
-        _wait(device)
-        start = time.perf_counter()
-        work()
-        _wait(device)
-        times.append(time.perf_counter() - start)
-    return median(times[1:])
-
-
-def _wait(device: torch.device) -> None:
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
+    return median([seconds_of(work, device) for _ in range(1 + _ROUNDS)][1:])

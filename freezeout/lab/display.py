@@ -12,9 +12,42 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.status import Status
+
+from ..words import duration
 
 
-class Display:
+class LiveDisplay:
+    """Lines on standard output, above a live one while the block lasts.
+
+    Args:
+        quiet: show nothing.
+    """
+
+    def __init__(self, quiet: bool = False) -> None:
+        self.console = Console(highlight=False, soft_wrap=True, quiet=quiet)
+        self._line: Progress | Status | None = None  # a subclass sets it, in a terminal
+
+    def __enter__(self) -> Self:
+        if self._line is not None:
+            self._line.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._line is not None:
+            self._line.stop()
+
+    def say(self, text: str) -> None:
+        """Print a line, above the live one if there is one."""
+        self.console.print(text, markup=False)
+
+
+class Display(LiveDisplay):
     """Shows a run's steps and epochs on standard output.
 
     Args:
@@ -24,11 +57,11 @@ class Display:
     """
 
     def __init__(self, total_steps: int, done: int, num_layers: int, quiet: bool = False) -> None:
-        self.console = Console(highlight=False, soft_wrap=True, quiet=quiet)
+        super().__init__(quiet)
         self._num_layers = num_layers
         self._progress: Progress | None = None
         if self.console.is_terminal and not quiet:
-            self._progress = Progress(
+            self._line = self._progress = Progress(
                 TextColumn("epoch {task.fields[epoch]}"),
                 BarColumn(),
                 MofNCompleteColumn(),
@@ -44,20 +77,6 @@ class Display:
             self._task = self._progress.add_task(
                 "train", total=total_steps, completed=done, epoch="", loss="", frozen=""
             )
-
-    def __enter__(self) -> Self:
-        if self._progress is not None:
-            self._progress.start()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        if self._progress is not None:
-            self._progress.stop()
 
     @property
     def live(self) -> bool:
@@ -84,19 +103,3 @@ class Display:
             f"{shown}  frozen {row['frozen_layers']}/{self._num_layers}  {row['seconds']:.1f} s  "
             f"{row['images_per_second']:.0f} images/s  {duration(seconds_left)} left"
         )
-
-    def say(self, text: str) -> None:
-        """Print a line, above the live one if there is one."""
-        self.console.print(text, markup=False)
-
-
-def duration(seconds: float) -> str:
-    """Seconds as a person says them.
-
-    >>> duration(42.3), duration(300), duration(7300)
-    ('42 s', '5 min', '2 h 2 min')
-    """
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim import SGD
 
 from ..cache import PrefixCache, check_folder
+from ..clock import wait
 from ..cost import epochs_of_equal_cost
 from ..errors import InvalidValue
 from ..freezer import FreezeOut
@@ -307,8 +308,7 @@ class Job:
 
     def wait(self) -> None:
         """Until the device has done what it was given."""
-        if self.device.type != "cpu":
-            torch.accelerator.synchronize(self.device)
+        wait(self.device)
 
 
 def random_state(device: torch.device) -> dict[str, Any]:

@@ -1,13 +1,12 @@
 """A run's folder: `config.json`, `metrics.jsonl`, `checkpoint.pt`, `model.safetensors`, and where
 layers freeze `savings.json`.
 
-Each file is written under a temporary name and renamed: whoever reads it, after a crash too,
-finds the old content or the new one.
+Each file is replaced whole: whoever reads it, after a crash too, finds the old content or the new
+one.
 """
 
 import io
 import json
-import os
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ import torch
 from safetensors.torch import save
 from torch import nn
 
+from ..atomic import write_atomically
 from ..errors import CheckpointError, InvalidValue
 
 CONFIG, METRICS, SAVINGS, CHECKPOINT, WEIGHTS = (
@@ -83,15 +83,15 @@ class RunFolder:
 
     def write_config(self, config: Mapping[str, Any]) -> None:
         """Everything needed to repeat the run."""
-        self._write(CONFIG, (json.dumps(config, indent=2) + "\n").encode())
+        self._write(CONFIG, json.dumps(config, indent=2) + "\n")
 
     def write_metrics(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """One JSON object a line, one line an epoch."""
-        self._write(METRICS, _lines(rows).encode())
+        self._write(METRICS, _lines(rows))
 
     def write_savings(self, savings: Mapping[str, Any]) -> None:
         """Predicted and measured seconds of a step at each depth (see prediction.py)."""
-        self._write(SAVINGS, (json.dumps(savings, indent=2) + "\n").encode())
+        self._write(SAVINGS, json.dumps(savings, indent=2) + "\n")
 
     def save_checkpoint(self, state: Mapping[str, Any]) -> None:
         """Replace the checkpoint, once the new one is whole and on the disk."""
@@ -121,19 +121,8 @@ class RunFolder:
         state = {k: v.detach().cpu().contiguous().clone() for k, v in model.state_dict().items()}
         self._write(WEIGHTS, save(state))
 
-    def _write(self, name: str, content: bytes | memoryview) -> None:
-        temporary = self.path / f".{name}.tmp"
-        try:
-            with open(temporary, "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, self.path / name)
-        except OSError as error:
-            temporary.unlink(missing_ok=True)
-            raise OSError(
-                error.errno, f"cannot write {self.path / name}: {error.strerror}"
-            ) from error
+    def _write(self, name: str, content: str | bytes | memoryview) -> None:
+        write_atomically(self.path / name, content)
 
 
 def resume_command(path: Path) -> str:

@@ -235,7 +235,7 @@ def parse_model(name: str) -> dict[str, Any]:
 def read_options(path: Path) -> StudyOptions:
     """What a TOML file says. InvalidValue, naming the file, for one that cannot be read."""
     try:
-        return _options(tomllib.loads(path.read_text()))
+        return _options(tomllib.loads(path.read_text(encoding="utf-8")))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, InvalidValue) as error:
         raise InvalidValue(f"{path}: {error}") from error
     except OSError as error:
@@ -246,7 +246,7 @@ def preset_options(name: str) -> StudyOptions:
     """What the preset of that name says."""
     if name not in PRESETS:
         raise InvalidValue(f"preset must be one of {', '.join(PRESETS)}, got {name!r}")
-    text = files(__package__).joinpath("presets", f"{name}.toml").read_text()
+    text = files(__package__).joinpath("presets", f"{name}.toml").read_text(encoding="utf-8")
     return _options(tomllib.loads(text))
 
 

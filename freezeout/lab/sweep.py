@@ -24,17 +24,17 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import FrameType
 from typing import IO, Any
 
+from ..atomic import write_atomically
 from ..errors import CheckpointError, FreezeOutError, InvalidValue
 from .config import TrainConfig
 from .equal_time import equal_time_steps
 from .forecast import Forecast
 from .runs import CONFIG, WEIGHTS, Run, read_run
+from .signals import stop_signals
 from .study import Cell, Study, impossible
 from .sweep_display import SweepDisplay
-from .worker import write_json
 
 STATE, STUDY, COSTS = "sweep.json", "sweep.toml", "step_costs.json"
 _POLL_SECONDS = 0.05
@@ -87,7 +87,8 @@ def sweep(study: Study) -> Path:
     for cell in cells:  # before anything is written
         _check_same_run(cell)
     study.out.mkdir(parents=True, exist_ok=True)
-    with _locked(study.out), _stop_signal() as stop:
+    stop = _Stop()
+    with _locked(study.out), stop_signals(stop.note):
         _write_study(study)
         with SweepDisplay(len(cells)) as display:
             return _Sweep(study, cells, display, stop).run()
@@ -286,7 +287,7 @@ class _Sweep:
             {"run": str(folder.relative_to(out)), "status": s.status, "error": s.error}
             for folder, s in self.states.items()
         ]
-        write_json(out / STATE, {"runs": runs})
+        write_atomically(out / STATE, json.dumps({"runs": runs}, indent=2) + "\n")
 
 
 def _check_same_run(cell: Cell) -> None:
@@ -388,10 +389,8 @@ def _last_words(log: Path | None, status: int) -> str:
 def _write_study(study: Study) -> None:
     """Without touching a file that says the same."""
     path, text = study.out / STUDY, study.to_toml()
-    if not path.exists() or path.read_text() != text:
-        temporary = path.with_name(f".{path.name}.tmp")
-        temporary.write_text(text)
-        os.replace(temporary, path)
+    if not path.exists() or path.read_bytes() != text.encode():
+        write_atomically(path, text)
 
 
 @contextmanager
@@ -419,21 +418,7 @@ class _Stop:
     number: int | None = None
     again: bool = False
 
-
-@contextmanager
-def _stop_signal() -> Iterator[_Stop]:
-    stop = _Stop()
-
-    def note(number: int, frame: FrameType | None) -> None:
-        stop.again = stop.number is not None
-        stop.number = number
-
-    try:
-        before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    except ValueError:  # not in the main thread: whoever calls handles signals
-        before = {}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    def note(self, number: int) -> None:
+        """A signal has come."""
+        self.again = self.number is not None
+        self.number = number

@@ -1,17 +1,15 @@
 """What a person sees while a sweep is at work: a live line in a terminal, plain lines elsewhere."""
 
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
-from rich.console import Console
 from rich.status import Status
 
-from .display import duration
+from ..words import duration
+from .display import LiveDisplay
 from .runs import Run
 
 
-class SweepDisplay:
+class SweepDisplay(LiveDisplay):
     """Shows the runs of a sweep, on standard output.
 
     Args:
@@ -19,23 +17,10 @@ class SweepDisplay:
     """
 
     def __init__(self, total: int) -> None:
+        super().__init__()
         self.total = total
-        self.console = Console(highlight=False, soft_wrap=True)
         self._status = Status("", console=self.console) if self.console.is_terminal else None
-
-    def __enter__(self) -> Self:
-        if self._status is not None:
-            self._status.start()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        if self._status is not None:
-            self._status.stop()
+        self._line = self._status
 
     def introduce(self, folder: Path, done: int, command: str) -> None:
         """Say what is going to be done, and how to go on with it."""
@@ -64,10 +49,6 @@ class SweepDisplay:
     def finish(self, folder: Path) -> None:
         """Say where the runs are, and what to do with them."""
         self.say(f"look at them with: freezeout report {folder}")
-
-    def say(self, text: str) -> None:
-        """Print a line, above the live one if there is one."""
-        self.console.print(text, markup=False)
 
     def _count(self, number: int) -> str:
         return f"[{number:>{len(str(self.total))}}/{self.total}]"

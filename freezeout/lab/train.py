@@ -9,18 +9,15 @@ Under torchrun, every rank makes its share of each batch's images; see ranks.py.
 """
 
 import math
-import signal
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
-from types import FrameType
 from typing import Any
 
 from ..errors import CheckpointError, FreezeOutError, InvalidValue
 from ..schedule import whole_number
+from ..words import first_line
 from .cached import CachedRun
 from .config import TrainConfig
 from .device import hardware
@@ -29,6 +26,7 @@ from .job import Job, Sums, random_state, set_random_state
 from .prediction import Prediction, warning
 from .ranks import Ranks, launched
 from .run_folder import RunFolder, resume_command
+from .signals import stop_signals
 
 
 class Stopped(FreezeOutError):
@@ -54,7 +52,8 @@ def train(config: TrainConfig) -> Path:
         if config.tensorboard:
             ranks.first(lambda: _summary_writer() and None)
         job = ranks.each(lambda: Job(config, ranks))
-        with _stop_signal() as stop:
+        stop = _Stop()
+        with stop_signals(stop.note):
             epochs, prediction = ranks.first(job.plan)
             folder = ranks.first(
                 lambda: RunFolder.create(config.folder, job.description(epochs, prediction))
@@ -75,7 +74,8 @@ def resume(path: Path) -> Path:
         job = ranks.each(lambda: Job(config, ranks))
         folder = RunFolder(path)
         state = ranks.each(lambda: _checkpoint(folder, job, identity, epochs))
-        with _stop_signal() as stop:
+        stop = _Stop()
+        with stop_signals(stop.note):
             loop = _Loop(job, folder, epochs, prediction, stop)
             loop.identity = identity
             if state is not None:
@@ -193,10 +193,9 @@ class _Loop:
         except FreezeOutError:
             raise
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            cause = str(error).strip().partition("\n")[0]
             raise CheckpointError(
                 f"{self.folder.path}/checkpoint.pt does not fit this run: "
-                f"{type(error).__name__}: {cause}"
+                f"{type(error).__name__}: {first_line(error)}"
             ) from error
 
     def run(self) -> Path:
@@ -343,35 +342,19 @@ class _Loop:
 
 
 class _Stop:
-    """Whether a signal has asked the run to stop, and which."""
+    """Whether a signal has asked the run to stop after its step, and which."""
 
     signal: int | None = None
+
+    def note(self, number: int) -> None:
+        """A signal has come; if it is the second, the step is not waited for."""
+        if self.signal is not None:
+            raise KeyboardInterrupt
+        self.signal = number
 
     def agreed(self, ranks: Ranks) -> int | None:
         """The signal that came, to any rank: all stop after the same step."""
         return ranks.largest(self.signal or 0) or None
-
-
-@contextmanager
-def _stop_signal() -> Iterator[_Stop]:
-    """Ctrl-C and SIGTERM are noted, for the run to stop after its step; a second one is not
-    waited for."""
-    stop = _Stop()
-
-    def note(number: int, frame: FrameType | None) -> None:
-        if stop.signal is not None:
-            raise KeyboardInterrupt
-        stop.signal = number
-
-    try:
-        before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    except ValueError:  # not in the main thread: whoever calls handles signals
-        before = {}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _tensorboard(config: TrainConfig, path: Path, first_epoch: int) -> Any:

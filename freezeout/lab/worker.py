@@ -15,8 +15,8 @@ import sys
 import threading
 import warnings
 from pathlib import Path
-from typing import Any
 
+from ..atomic import temporary_name, write_atomically
 from ..errors import FreezeOutError
 from .config import TrainConfig
 from .runs import CONFIG
@@ -58,23 +58,13 @@ def _measure(config: TrainConfig, target: Path) -> None:
     job = Job(config)
     costs = job.step_costs()
     found = {"step_costs_seconds": costs, "steps_per_epoch": job.steps_per_epoch}
-    write_json(target, found)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Replace the file by one that is whole, and on the disk."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "w") as file:
-        file.write(json.dumps(value, indent=2) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(target, json.dumps(found, indent=2) + "\n")
 
 
 def _remove_unborn(folder: Path) -> None:
     """A folder of a run that was killed before it had its first whole file."""
-    if folder.is_dir() and {path.name for path in folder.iterdir()} <= {f".{CONFIG}.tmp"}:
+    if folder.is_dir() and {*folder.iterdir()} <= {temporary_name(folder / CONFIG)}:
         for path in folder.iterdir():
             path.unlink()
         folder.rmdir()

@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
 from ..errors import InvalidValue, LayerOrderError
+from ..words import first_line
 from .flow import Flow
 
 if TYPE_CHECKING:
@@ -68,10 +69,9 @@ class Trace:
             try:
                 model(*args, **kwargs)
             except Exception as error:
-                cause = str(error).strip().partition("\n")[0]
                 raise InvalidValue(
                     "the forward pass on example_inputs failed with "
-                    f"{type(error).__name__}: {cause}"
+                    f"{type(error).__name__}: {first_line(error)}"
                 ) from error
         return trace
 

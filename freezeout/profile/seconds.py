@@ -1,6 +1,5 @@
 """What one training step costs at each depth, measured on the device at hand."""
 
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from statistics import mean, median
@@ -8,6 +7,7 @@ from statistics import mean, median
 import torch
 from torch import nn
 
+from ..clock import seconds_of
 from ..errors import InvalidValue
 from ..layers import Layer
 
@@ -41,7 +41,6 @@ def measure_step_costs(
     if rounds < 1 or depths < 1:
         raise InvalidValue(f"rounds and depths must be at least 1, got {rounds} and {depths}")
     measured = evenly_spaced(len(layers), depths)
-    wait = _waiter(device)
     for _ in range(warmup):
         step()
     seconds: dict[int, list[float]] = {depth: [] for depth in measured}
@@ -51,11 +50,7 @@ def measure_step_costs(
                 for layer in layers[:depth]:
                     layer.freeze()
                 step()
-                wait()
-                start = time.perf_counter()
-                step()
-                wait()
-                seconds[depth].append(time.perf_counter() - start)
+                seconds[depth].append(seconds_of(step, device))
             unfreeze()
     medians = {depth: median(times) for depth, times in seconds.items()}
     return interpolated(falling(medians), len(layers), shape)
@@ -76,8 +71,12 @@ def measure_prefix_seconds(
     Arguments as in `measure_step_costs`; `forward` makes one forward pass, which is left as soon
     as it comes to layer k.
     """
+
+    def until_reached() -> None:
+        with suppress(_Reached):
+            forward()
+
     measured = evenly_spaced(len(layers), depths)[1:]
-    wait = _waiter(device)
     seconds: dict[int, list[float]] = {depth: [] for depth in measured}
     with unfrozen(layers) as unfreeze, torch.no_grad():
         for _ in range(rounds):
@@ -85,12 +84,7 @@ def measure_prefix_seconds(
                 for layer in layers[:depth]:
                     layer.freeze()
                 with _stopping_at(layers[depth]):
-                    wait()
-                    start = time.perf_counter()
-                    with suppress(_Reached):
-                        forward()
-                    wait()
-                    seconds[depth].append(time.perf_counter() - start)
+                    seconds[depth].append(seconds_of(until_reached, device))
             unfreeze()
     medians = {depth: median(times) for depth, times in seconds.items()}
     return interpolated({0: 0.0, **medians}, len(layers), shape)
@@ -180,9 +174,3 @@ def interpolated(
             share = (shape[before] - shape[k]) / (shape[before] - shape[after])
         values.append(measured[before] + share * (measured[after] - measured[before]))
     return values
-
-
-def _waiter(device: torch.device | None) -> Callable[[], None]:
-    if device is None or device.type == "cpu":
-        return lambda: None
-    return lambda: torch.accelerator.synchronize(device)

@@ -390,7 +390,7 @@ def test_without_a_terminal_there_are_plain_lines(alone: Path) -> None:
     for number, row in enumerate(read_rows(folder)):
         assert re.fullmatch(
             rf"epoch {number + 1}/2  loss {row['train_loss']:.4f}  error .*%  "
-            rf"frozen {row['frozen_layers']}/7  .* s  \d+ images/s  \d+ s left",
+            rf"frozen {row['frozen_layers']}/7  .* s  \d+ images/s  [\d.]+ s left",
             lines[3 + number],
         )
     assert lines[5].startswith("froze 6 of 7 layers")

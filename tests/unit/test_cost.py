@@ -34,7 +34,7 @@ def ends_of(run: tuple[float, int, int, int]) -> tuple[int, ...]:
 
 def test_docstring_examples_hold() -> None:
     result = doctest.testmod(freezeout.cost)
-    assert (result.failed, result.attempted) == (0, 8)
+    assert (result.failed, result.attempted) == (0, 9)
 
 
 @properties

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from freezeout.lab.display import Display, duration
+from freezeout.lab.display import Display
 
 ROW: dict[str, Any] = {
     "epoch": 3,
@@ -85,15 +85,3 @@ def test_the_cursor_is_given_back_after_an_error() -> None:
         raise KeyboardInterrupt
     hidden, shown = "\x1b[?25l", "\x1b[?25h"
     assert 0 <= terminal.getvalue().rfind(hidden) < terminal.getvalue().rfind(shown)
-
-
-@pytest.mark.parametrize(
-    ("seconds", "said"),
-    [
-        *((0.0, "0 s"), (42.3, "42 s"), (89.4, "89 s"), (90.0, "2 min"), (300.0, "5 min")),
-        *((89.4 * 60, "89 min"), (90 * 60.0, "1 h 30 min"), (7300.0, "2 h 2 min")),
-        (100 * 3600.0, "100 h 0 min"),
-    ],
-)
-def test_durations_are_said_as_a_person_does(seconds: float, said: str) -> None:
-    assert duration(seconds) == said

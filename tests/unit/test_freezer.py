@@ -845,4 +845,4 @@ def test_the_summary_is_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
         freezer.step()
     # Eight steps of 100 s, then four of 50 s (the first includes a pause; medians leave it out).
     assert freezer.seconds_saved() == pytest.approx((200, 200 / 1200))
-    assert freezer.summary() == "froze 2 of 4 layers; 3.33 min saved (17% of the steps' time)"
+    assert freezer.summary() == "froze 2 of 4 layers; 3 min saved (17% of the steps' time)"

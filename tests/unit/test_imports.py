@@ -12,9 +12,10 @@ PACKAGE = Path(freezeout.__file__).parent
 
 # Each part may import those in front of it (docs/design.md).
 ORDER = [
-    {"errors"},
+    {"errors", "atomic", "words"},
     {"schedule"},
     {"cost"},
+    {"clock"},
     {"layers"},
     {"optimizers", "checks"},
     {"freezer"},
@@ -35,7 +36,7 @@ HOME = {
     "find_layers": "layers",
     "__version__": "errors",
 }
-STANDARD_LIBRARY_ONLY = {"errors", "schedule", "cost"}
+STANDARD_LIBRARY_ONLY = {"errors", "atomic", "words", "schedule", "cost"}
 # They plan and read runs, and leave the training to other processes.
 PLANNING = {
     ("lab", name)
@@ -48,6 +49,8 @@ PLANNING = {
         "forecast",
         "sweep",
         "sweep_display",
+        "display",
+        "signals",
     )
 }
 # Adapters without torch: of this package they import nothing that has it.

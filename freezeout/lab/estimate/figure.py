@@ -1,13 +1,14 @@
 """An estimate drawn: learning rates, as in the paper's Figure 1, and the cost that is saved."""
 
 import io
-import os
 from pathlib import Path
 from typing import Any
 
+from ...atomic import write_atomically
 from ...errors import InvalidValue
 from ...schedule import Schedule, factor
-from .estimate import Estimate, name_of
+from .estimate import Estimate
+from .run import name_of
 
 _POINTS = 200
 
@@ -40,9 +41,7 @@ def draw(estimate: Estimate, path: Path) -> None:
         )
         drawn = io.BytesIO()
         figure.savefig(drawn, format=path.suffix[1:], dpi=160)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_bytes(drawn.getvalue())
-    os.replace(temporary, path)
+    write_atomically(path, drawn.getvalue())
 
 
 def _rates(axes: Any, estimate: Estimate, schedule: Schedule, shades: list[Any]) -> None:

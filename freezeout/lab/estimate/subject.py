@@ -20,6 +20,7 @@ from ...errors import InvalidValue
 from ...freezer import FreezeOut
 from ...layers.trace import call_arguments
 from ...schedule import Schedule
+from ...words import first_line
 from ..device import choose_precision
 from ..models import build_model, model_layers
 from .config import EstimateConfig
@@ -205,5 +206,4 @@ def _plain(output: Any) -> Any:
 
 
 def _line(error: Exception) -> str:
-    text = (str(error).strip() or "no message").splitlines()[0]
-    return f"{type(error).__name__}: {text}"
+    return f"{type(error).__name__}: {first_line(error) or 'no message'}"

@@ -4,8 +4,10 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
-from ..display import duration
-from .estimate import STEEP, Estimate, Run, size
+from ...schedule import STEEP
+from ...words import duration, size
+from .estimate import Estimate
+from .run import Run
 
 _UNITS = ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 

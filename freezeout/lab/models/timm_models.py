@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ...errors import InvalidValue
+from ...words import first_line
 from .chain import check_int, dropouts
 
 IMAGE_SIZE = 32
@@ -63,4 +64,4 @@ def _import_timm() -> ModuleType:
 
 
 def _line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return first_line(error) or type(error).__name__

@@ -17,6 +17,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from ...atomic import write_atomically
 from ...errors import CheckpointError, DataError
 from ..runs import CONFIG, Run, find_run_folders, read_run
 from .compare import Comparison, Group, group_runs
@@ -47,8 +48,9 @@ def write_report(folder: Path, out: Path | None = None) -> tuple[Path, list[str]
     name = folder.name or folder.resolve().name
     from .page import page
 
-    _write(out / PAGE, page(name, shown, schedules, left_out, folder))
-    _write(out / NUMBERS, json.dumps(_numbers(groups, folder, left_out), indent=2) + "\n")
+    write_atomically(out / PAGE, page(name, shown, schedules, left_out, folder))
+    numbers = _numbers(groups, folder, left_out)
+    write_atomically(out / NUMBERS, json.dumps(numbers, indent=2) + "\n")
     return out / PAGE, left_out
 
 
@@ -226,9 +228,3 @@ def _comparison(comparison: Comparison) -> dict[str, Any]:
         "difference_to_full_length": asdict(comparison.to_full) if comparison.to_full else None,
         "conclusion": comparison.sentence,
     }
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text)
-    temporary.replace(path)

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ...atomic import write_atomically
+
 # Each role's CSS variable, and its colour on light and on dark ground. Figures are drawn in the
 # light colours, which are all different, and these are then replaced by the variables.
 COLOURS = {
@@ -115,7 +117,9 @@ def save(figure: Any, path: Path, title: str) -> str:
 
     figure.get_layout_engine().execute(figure)  # once, not for each file
     figure.set_layout_engine("none")
-    figure.savefig(path.with_suffix(".png"), dpi=160, metadata={"Software": None})
+    dots = io.BytesIO()
+    figure.savefig(dots, format="png", dpi=160, metadata={"Software": None})
+    write_atomically(path.with_suffix(".png"), dots.getvalue())
     text = io.StringIO()
     with matplotlib.rc_context({"svg.hashsalt": path.name}):  # unique and unchanging names
         figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
@@ -125,7 +129,8 @@ def save(figure: Any, path: Path, title: str) -> str:
         f"@media (prefers-color-scheme: dark) {{ :root {{ {css_variables(dark=True)} }} }}</style>"
     )
     first_tag_ends = svg.index(">") + 1
-    path.with_suffix(".svg").write_text(svg[:first_tag_ends] + alone + svg[first_tag_ends:] + "\n")
+    whole = svg[:first_tag_ends] + alone + svg[first_tag_ends:] + "\n"
+    write_atomically(path.with_suffix(".svg"), whole)
     return svg
 
 
