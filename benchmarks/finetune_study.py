@@ -153,7 +153,7 @@ def made(data: Path, config: TrainConfig, folder: Path) -> Run:
 def peak_bytes(runs: Iterable[Run]) -> float:
     """Median of the runs' peak memory in bytes."""
     lines = ((run.path / METRICS).read_text().splitlines()[-1] for run in runs)
-    return median(json.loads(line)["peak_bytes"] for line in lines)
+    return median(float(json.loads(line)["peak_bytes"]) for line in lines)
 
 
 def main() -> None:

@@ -567,7 +567,8 @@ def test_the_order_is_read_through_loops_branches_and_checkpoints() -> None:
 
 def compiled_whole(params: Any, x: jax.Array) -> jax.Array:
     """What users write who compile the loss themselves."""
-    return jax.jit(lambda params, x: jnp.mean(jnp.tanh(x @ params[0]) @ params[1]))(params, x)
+    loss: jax.Array = jax.jit(lambda p, x: jnp.mean(jnp.tanh(x @ p[0]) @ p[1]))(params, x)
+    return loss
 
 
 def by_a_number(params: Any, x: jax.Array) -> jax.Array:
