@@ -13,34 +13,36 @@ import re
 import signal
 import sys
 import time
-import traceback
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from itertools import groupby
-from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import torch
 
-import tests.conftest  # noqa: F401  (lets timm and torchvision be imported beside a CPU torch)
-from freezeout import FreezeOutError
 from freezeout.lab.device import hardware
-from tests.architectures import Promise, check
-from tests.zoo import Architecture, everything
+from tests.architectures import check
+from tests.zoo import Architecture
+
+from .zoo_page import (
+    DOCS,
+    Tried,
+    by_library,
+    counts,
+    exit_status,
+    try_all,
+    verdict_of,
+    versions,
+    write_generated,
+)
 
 SECONDS = 60  # a network's limit
-ROOT = Path(__file__).parent.parent
 COMMAND = "OMP_NUM_THREADS=1 python -m benchmarks.architectures"
 
 
 @dataclass
-class Row:
-    library: str
-    family: str
-    name: str
-    verdict: str  # "ok", "refused: why" or "broken: what"
+class Row(Tried):
     layers: list[str] = field(default_factory=list)
     parameters: int = 0
     cut: list[str] = field(default_factory=list)
@@ -67,23 +69,18 @@ def time_limit(seconds: int) -> Iterator[None]:
 
 
 def run(architecture: Architecture) -> Row:
-    row = Row(architecture.library, architecture.family, architecture.name, "ok")
+    found: dict[str, Any] = {}
+
+    def attempt() -> str:
+        with time_limit(SECONDS):
+            found.update(asdict(check(*architecture.make())))
+        return "ok"
+
     start = time.perf_counter()
-    try:
-        with time_limit(SECONDS), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            torch.manual_seed(0)
-            report = check(*architecture.make())
-        row = Row(row.library, row.family, row.name, "ok", **asdict(report))
-    except FreezeOutError as error:
-        row.verdict = f"refused: {error}"
-    except Promise as error:
-        row.verdict = f"broken: {error}"
-    except Exception as error:
-        row.verdict = f"broken: {type(error).__name__}: {str(error).partition(chr(10))[0]}"
-        traceback.print_exc(limit=-3)
-    row.seconds = time.perf_counter() - start
-    return row
+    verdict = verdict_of(attempt)
+    seconds = time.perf_counter() - start
+    identity = architecture.library, architecture.family, architecture.name
+    return Row(*identity, verdict, **found, seconds=seconds)
 
 
 def shortened(names: list[str]) -> str:
@@ -118,20 +115,8 @@ def table(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
-def versions() -> str:
-    import timm
-    import torchvision
-    import transformers
-
-    return (
-        f"{hardware(torch.device('cpu'))}; torch {torch.__version__}, timm {timm.__version__}, "
-        f"torchvision {torchvision.__version__}, transformers {transformers.__version__}"
-    )
-
-
-def counts(rows: list[Row]) -> str:
-    kinds = [row.verdict.partition(":")[0] for row in rows]
-    return ", ".join(f"{kinds.count(kind)} {kind}" for kind in ("ok", "refused", "broken"))
+def environment() -> str:
+    return f"{hardware(torch.device('cpu'))}; {versions()}"
 
 
 def write(rows: list[Row], seconds: float) -> None:
@@ -139,13 +124,13 @@ def write(rows: list[Row], seconds: float) -> None:
 
     missing = set(timm.list_modules()) - {row.family for row in rows if row.library == "timm"}
     head = [
-        f"{len(rows)} networks: {counts(rows)}. {seconds:.0f} s in all.",
+        f"{len(rows)} networks: {counts(rows, 'ok')}. {seconds:.0f} s in all.",
         f"timm's families without a network here: {', '.join(sorted(missing)) or 'none'}.",
-        f"`{COMMAND}`; {versions()}.",
+        f"`{COMMAND}`; {environment()}.",
     ]
-    results = ROOT / "results"
+    results = DOCS.parent / "results"
     results.mkdir(exist_ok=True)
-    document = {"command": COMMAND, "environment": versions(), "seconds": round(seconds)}
+    document = {"command": COMMAND, "environment": environment(), "seconds": round(seconds)}
     for row in rows:
         row.seconds, row.seconds_to_find = round(row.seconds, 2), round(row.seconds_to_find, 3)
     (results / "architectures.json").write_text(
@@ -168,24 +153,15 @@ def write(rows: list[Row], seconds: float) -> None:
             f"| {row.unused or ''} | {row.verdict} |"
         )
     (results / "architectures.md").write_text("\n".join(lines) + "\n")
-    page = ROOT / "docs" / "architectures.md"
-    before, begin, rest = page.read_text().partition("<!-- begin: generated -->\n")
-    _, end, after = rest.partition("<!-- end: generated -->")
-    tables = [f"{len(rows)} networks: {counts(rows)}. {versions().partition('; ')[2]}.\n"]
-    for library, members in groupby(rows, lambda row: row.library):
-        ordered = sorted(members, key=lambda row: (row.family, row.name))
-        tables.append(f"### {library}\n\n{table(ordered)}\n")
-    page.write_text(before + begin + "\n".join(tables) + end + after)
+    parts = [f"{len(rows)} networks: {counts(rows, 'ok')}. {versions()}.\n"]
+    parts += [f"### {library}\n\n{table(its)}\n" for library, its in by_library(rows)]
+    write_generated(DOCS / "architectures.md", parts)
 
 
 def main(names: list[str]) -> int:
-    torch.set_num_threads(1)
     start = time.perf_counter()
-    rows = []
-    for architecture in everything():
-        if names and architecture.name not in names:
-            continue
-        rows.append(row := run(architecture))
+
+    def say(row: Row) -> None:
         print(
             f"{row.library:12} {row.name:34} {len(row.layers):3} layers, find "
             f"{row.seconds_to_find:5.2f} s, {row.seconds:5.1f} s  {row.verdict}"
@@ -195,10 +171,12 @@ def main(names: list[str]) -> int:
         )
         if names:
             print(f"  {shortened(row.layers)}\n  cut: {row.cut}")
-    print(counts(rows))
+
+    rows = try_all(names, run, say)
+    print(counts(rows, "ok"))
     if not names:
         write(rows, time.perf_counter() - start)
-    return int(any(row.verdict.startswith("broken") for row in rows))
+    return exit_status(rows)
 
 
 if __name__ == "__main__":

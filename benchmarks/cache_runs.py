@@ -9,7 +9,6 @@ step costs and prefix seconds, measured before and after. Claim: the cache reach
 """
 
 import argparse
-import json
 import tempfile
 from copy import deepcopy
 from dataclasses import replace
@@ -21,15 +20,24 @@ from freezeout.cache.pays import survey
 from freezeout.cost import run_cost
 from freezeout.lab.config import TrainConfig
 from freezeout.lab.job import Job
-from freezeout.lab.run_folder import METRICS
+from freezeout.lab.runs import read_run
 from freezeout.lab.train import train
 
 from .timing import environment
 
 
-def seconds_of(folder: Path) -> float:
-    rows = [json.loads(line) for line in (folder / METRICS).read_text().splitlines()]
-    return float(sum(row["seconds"] for row in rows))
+def small_wrn(args: argparse.Namespace) -> TrainConfig:
+    """WRN-16-1 with FreezeOut, as asked for; 8 GB for a cache."""
+    return TrainConfig(
+        model="wrn",
+        depth=16,
+        widen_factor=1,
+        dataset=args.dataset,
+        data_dir=args.data_dir,
+        images=args.images,
+        epochs=args.epochs,
+        cache_budget="8G",
+    )
 
 
 def costless(job: Job, config: TrainConfig) -> tuple[float, float]:
@@ -51,23 +59,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--dataset", default="digits")
     parser.add_argument("--data-dir", type=Path, default=None)
+    parser.add_argument("--images", type=int, default=None)
     parser.add_argument("--epochs", type=int, default=30)
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--precision", default="auto")
-    parser.add_argument("--images", type=int, default=None)
     args = parser.parse_args()
-    config = TrainConfig(
-        model="wrn",
-        depth=16,
-        widen_factor=1,
-        dataset=args.dataset,
-        data_dir=args.data_dir,
-        images=args.images,
-        epochs=args.epochs,
-        precision=args.precision,
-        augment=False,
-        cache_budget="8G",
-    )
+    config = replace(small_wrn(args), precision=args.precision, augment=False)
     arms = {
         "ordinary": replace(config, freezeout=False),
         "FreezeOut": config,
@@ -82,7 +79,7 @@ def main() -> None:
             ideal.append(1 - free / full)
             for name, options in arms.items():
                 out = Path(home) / f"{i}-{name.replace(', ', '-')}"
-                seconds[name].append(seconds_of(train(replace(options, out=out))))
+                seconds[name].append(read_run(train(replace(options, out=out))).seconds)
             full, free = costless(job, config)
             ideal.append(1 - free / full)
     ordinary = median(seconds["ordinary"])

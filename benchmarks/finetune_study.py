@@ -21,8 +21,9 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
@@ -31,8 +32,9 @@ from freezeout.lab.config import TrainConfig
 from freezeout.lab.equal_time import equal_time_steps
 from freezeout.lab.runs import CONFIG, METRICS, Run, read_run
 
-ITEMS, TEST, LONGEST, RATE = 1600, 1600, 64, 5e-5
 SEEDS = (0, 1, 2)
+HEAD = ("arm", "steps", "test error, mean (lowest to highest)", "CPU seconds", "saved")
+ITEMS, TEST, LONGEST, RATE = 1600, 1600, 64, 5e-5
 BASE = TrainConfig(
     model="MiniLM",
     dataset="AG News",
@@ -139,7 +141,7 @@ def train(config: TrainConfig, data: Path, folder: Path) -> None:
     (folder / CONFIG).write_text(json.dumps(saved, indent=2) + "\n")  # last: the run is whole
 
 
-def made(config: TrainConfig, data: Path, folder: Path) -> Run:
+def made(data: Path, config: TrainConfig, folder: Path) -> Run:
     """The run in the folder, trained in a process of its own if it is not there."""
     if not (folder / CONFIG).exists():
         print(folder, flush=True)
@@ -149,10 +151,44 @@ def made(config: TrainConfig, data: Path, folder: Path) -> Run:
     return read_run(folder)
 
 
-def peak_bytes(folders: Iterable[Path]) -> float:
+def peak_bytes(runs: Iterable[Run]) -> float:
     """Median of the runs' peak memory in bytes."""
-    lines = ((folder / METRICS).read_text().splitlines()[-1] for folder in folders)
-    return median(json.loads(line)["peak_bytes"] for line in lines)
+    lines = ((run.path / METRICS).read_text().splitlines()[-1] for run in runs)
+    return median(float(json.loads(line)["peak_bytes"]) for line in lines)
+
+
+def in_turn(
+    arms: Mapping[str, TrainConfig], out: Path, made: Callable[[TrainConfig, Path], Run]
+) -> dict[str, list[Run]]:
+    """Seed after seed, all arms of a seed in turn, so that a machine whose speed drifts slows all
+    arms alike. `made` trains the configuration into the folder, if its run is not there yet."""
+    runs: dict[str, list[Run]] = {name: [] for name in arms}
+    for seed in SEEDS:
+        for name, config in arms.items():
+            folder = out / name.replace(",", "").replace(" ", "-").lower() / f"seed{seed}"
+            runs[name].append(made(replace(config, seed=seed), folder))
+    return runs
+
+
+def cells(name: str, runs: Sequence[Run], ordinary: Sequence[Run]) -> tuple[str, ...]:
+    """The arm's line, under `HEAD`: medians of seconds, saved of the ordinary arm's."""
+    errors = [run.error for run in runs if run.error is not None]
+    seconds = median(run.seconds for run in runs)
+    usual = median(run.seconds for run in ordinary)
+    return (
+        name,
+        str(runs[0].total_steps),
+        f"{mean(errors):.2%} ({min(errors):.2%} to {max(errors):.2%})",
+        f"{seconds:.1f}",
+        f"{1 - seconds / usual:.1%}",
+    )
+
+
+def print_table(lines: Sequence[Sequence[str]]) -> None:
+    """As Markdown; the first line is the head."""
+    head, *rest = lines
+    for line in (head, ["---"] * len(head), *rest):
+        print(f"| {' | '.join(line)} |")
 
 
 def main() -> None:
@@ -165,37 +201,19 @@ def main() -> None:
     if args.run is not None:
         train(TrainConfig.from_json(json.loads(args.run)), args.data, args.out)
         return
-    runs: dict[str, list[Run]] = {}
-
-    def make(arms: dict[str, TrainConfig]) -> None:
-        for seed in SEEDS:
-            for name, config in arms.items():
-                folder = args.out / name.replace(" ", "-") / f"seed{seed}"
-                runs.setdefault(name, []).append(
-                    made(replace(config, seed=seed), args.data, folder)
-                )
-
-    make(ARMS)
+    make = partial(made, args.data)
+    runs = in_turn(ARMS, args.out, make)
     full, *others = ARMS
-    make(
-        {
-            f"time of {name}": replace(
-                ORDINARY, steps=round(equal_time_steps(runs[name], runs[full]))
-            )
-            for name in others
-        }
-    )
-    usual = median(run.seconds for run in runs[full])
-    print("| arm | steps | test error, mean (lowest to highest) | CPU s | saved | peak memory |")
-    print("| --- | --- | --- | --- | --- | --- |")
-    for name, its in runs.items():
-        errors = [run.error for run in its if run.error is not None]
-        seconds = median(run.seconds for run in its)
-        print(
-            f"| {name} | {its[0].total_steps} | {mean(errors):.2%} ({min(errors):.2%} to "
-            f"{max(errors):.2%}) | {seconds:.0f} | {1 - seconds / usual:.1%} | "
-            f"{peak_bytes(run.path for run in its) / 1e6:.0f} MB |"
-        )
+    lengths = {name: equal_time_steps(runs[name], runs[full]) for name in others}
+    shortened = {
+        f"time of {name}": replace(ORDINARY, steps=round(steps)) for name, steps in lengths.items()
+    }
+    runs |= in_turn(shortened, args.out, make)
+    lines = [
+        (*cells(name, its, runs[full]), f"{peak_bytes(its) / 1e6:.0f} MB")
+        for name, its in runs.items()
+    ]
+    print_table([(*HEAD, "peak memory"), *lines])
 
 
 if __name__ == "__main__":

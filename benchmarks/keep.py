@@ -1,6 +1,6 @@
 """Keep the configurations and metrics of runs, without weights and without this machine's paths.
 
-    python -m benchmarks.keep RUNS RESULTS     # copies what is new; `freezeout report` reads it
+python -m benchmarks.keep RUNS RESULTS     # copies what is new; `freezeout report` reads it
 """
 
 import argparse

@@ -10,8 +10,6 @@ is `torch.cuda.max_memory_allocated`. Claim: predicted within 10 % of the tensor
 import argparse
 
 import torch
-from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
 
 import tests.conftest  # noqa: F401  (lets timm be imported beside a CPU torch)
 from freezeout.lab.device import hardware
@@ -20,6 +18,7 @@ from freezeout.lab.estimate.subject import Subject, build, moved
 from freezeout.profile import count_step, peak_bytes, predict_memory
 from freezeout.profile.fake import faked
 from freezeout.words import size
+from tests.memory import allocator_peak_bytes, freeze, resident
 
 from .predicted_savings import MODELS
 
@@ -44,7 +43,7 @@ def main() -> None:
         real.step()
         last = len(real.layers) - 1
         for depth in (0, last // 2, last):
-            freeze(real, depth)
+            freeze(real.layers[:depth], real.optimizer)
             counted, allocated = measure(real, device)
             predicted = memory.steps[depth].peak
             worst = max(worst, abs(predicted / counted - 1))
@@ -64,14 +63,6 @@ def make(config: EstimateConfig, device: torch.device) -> Subject:
         return Subject(config, moved(build(config), device), device)
 
 
-def freeze(subject: Subject, depth: int) -> None:
-    """As FreezeOut does."""
-    for layer in subject.layers[:depth]:
-        layer.freeze()
-        for parameter in layer.parameters:
-            subject.optimizer.state.pop(parameter, None)
-
-
 def measure(subject: Subject, device: torch.device) -> tuple[int, int]:
     """The peak of the tensors, and of the allocator."""
     if device.type == "cuda":
@@ -79,24 +70,8 @@ def measure(subject: Subject, device: torch.device) -> tuple[int, int]:
         subject.step()
         peak = torch.cuda.max_memory_allocated(device)
         return peak, peak
-    tensors = resident(subject)
-    counted = peak_bytes(subject.step, tensors)
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        subject.step()
-    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
-    alive, most = 0, 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        alive += event.nbytes()
-        most = max(most, alive)
-    storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}
-    return counted, sum(storages.values()) + most
-
-
-def resident(subject: Subject) -> list[Tensor]:
-    """What is there between two steps."""
-    states = [v for state in subject.optimizer.state.values() for v in state.values()]
-    state = [v for v in states if isinstance(v, Tensor)]
-    return [*subject.model.parameters(), *subject.model.buffers(), *state, *subject.batch]
+    tensors = resident(subject.model, subject.optimizer, subject.batch)
+    return peak_bytes(subject.step, tensors), allocator_peak_bytes(subject.step, tensors)
 
 
 if __name__ == "__main__":

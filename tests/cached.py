@@ -57,7 +57,7 @@ def check(model: nn.Module, inputs: ExampleInputs, depths: int = 4) -> Report:
             for number, batch in enumerate(batches):
                 _call(cache, batch, ids=[2 * number, 2 * number + 1])
             new = {d: why for (d, _), why in cache._refused.items() if (d, _) not in refused}
-            if depth in new or depth not in cache._ready:
+            if depth in new or depth not in cache._activations.ready:
                 report.refused[depth] = new.get(depth, "; ".join(cache.refusals[-1:]) or NOTHING)
                 continue
             before = cache.stats.hits
@@ -125,7 +125,7 @@ def _mixed(cache: PrefixCache, batches: list[Any]) -> float:
     assert plan is not None
     import numpy as np
 
-    stored = cache._read(plan.depth, batch, np.array([0, 3]))
+    stored = cache._activations.read(plan.depth, batch, np.array([0, 3]))
     worst = 0.0
     for a, b in zip(stored, plan.prefix(batch), strict=True):
         worst = max(worst, float((a - b).double().norm() / b.double().norm().clamp_min(1e-30)))

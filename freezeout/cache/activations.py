@@ -42,13 +42,13 @@ class Activations:
         self._depths, self._dtype, self._stats, self._tell = depths, dtype, stats, tell
         self._layouts: dict[int, Layout] = {}
         self._fingerprints = Fingerprints(layers)
-        self._ready: set[int] = set()  # depths that the store was told of
+        self.ready: set[int] = set()  # depths that the store was told of
         self._writes = True
 
     def clear(self) -> None:
         """Drop all of them: they are of other weights."""
         self.store.clear()
-        self._ready.clear()
+        self.ready.clear()
         self._fingerprints.forget()
 
     def is_exact(self, depth: int) -> bool:
@@ -65,18 +65,18 @@ class Activations:
 
     def begin(self, depth: int, batch: Batch, frozen: int) -> None:
         """Open the store for a depth, `frozen` layers being frozen. CacheError if it cannot be."""
-        if depth in self._ready:
+        if depth in self.ready:
             return
         store = self.store
         if not store.is_reserved:
             longest = batch.time if batch.lengths is not None else 0
             store.reserve(len(store.index) * self._depths.record_bytes(longest, batch.time))
-        if not self._ready:  # what another process has left
+        if not self.ready:  # what another process has left
             for other in sorted({int(d) for d in np.unique(store.index["depth"])} - {0, depth}):
                 if other <= frozen and store.resume_depth(other, self._fingerprint(other)):
-                    self._ready.add(other)
+                    self.ready.add(other)
         store.begin_depth(depth, self._fingerprint(depth), self._layouts[depth].describe())
-        self._ready.add(depth)
+        self.ready.add(depth)
         if store.news is not None:
             self._tell(store.news)
             store.news = None
@@ -101,7 +101,7 @@ class Activations:
                 "or augmentation is random (pass view=, of a finite set, or view=None)"
             )
         for start in set(held.tolist()) - {0}:
-            if start > depth or start not in self._ready:
+            if start > depth or start not in self.ready:
                 held[held == start] = 0
         return held
 

@@ -176,7 +176,10 @@ class FileStore(Store):
             self.news = f"records of other weights in {self.path} are dropped"
         self.index["depth"][self.index["depth"] == depth] = 0
         self._depths[str(depth)] = known
-        self._write_header()
+        try:
+            self._write_header()
+        except OSError as error:
+            raise CacheError(str(error)) from error
 
     def _write_header(self) -> None:
         header = {"purpose": self._purpose, "depths": self._depths, "bytes": len(self._bytes)}

@@ -4,7 +4,6 @@ python -m tests.integration.lightning_runs FOLDER STOP     one run, killed after
 torchrun ... -m tests.integration.lightning_runs ddp FILE  on two ranks, beside a plain loop
 """
 
-import faulthandler
 import os
 import signal
 import sys
@@ -25,12 +24,12 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import StepLR
 from torch.utils.data import DataLoader
 
-from freezeout import Schedule
 from freezeout.integrations.lightning import FreezeOutCallback
+from tests.integration.processes import one_rank
 from tests.models import conv_net, images
+from tests.plain_loop import BATCHES, EARLY, update
 
-EARLY = Schedule(0.4, "linear")
-EPOCHS, BATCHES = 3, 5
+EPOCHS = 3
 
 
 class Classifier(LightningModule):
@@ -125,6 +124,7 @@ def one_run(folder: Path, stop: int) -> LightningModule:
     return module
 
 
+@one_rank()
 def ddp(file: Path) -> None:
     """In each of two ranks: a run in Lightning, one that was stopped and resumed, and torch's own
     DistributedDataParallel in a plain loop; rank by rank, the weights of each."""
@@ -133,8 +133,6 @@ def ddp(file: Path) -> None:
     from freezeout import FreezeOut
     from freezeout.parallel import rewrap
 
-    faulthandler.dump_traceback_later(100, exit=True)  # a rank that waits says where
-    torch.set_num_threads(1)
     rank = int(os.environ["RANK"])
     data: Any = DataLoader([images(2 * i + rank) for i in range(BATCHES)], batch_size=None)  # type: ignore[arg-type]
     found: dict[str, Any] = {}
@@ -173,16 +171,10 @@ def ddp(file: Path) -> None:
         torch.manual_seed(step)
         x, y = images(2 * (step % BATCHES) + rank)
         torch.autograd.backward(cross_entropy(wrapper(x), y))
-        optimizer.step()
-        optimizer.zero_grad()
-        scheduler.step()
-        if freezer.step():
+        if update(freezer, [optimizer], [scheduler]):
             wrapper = rewrap(wrapper)
     found["plain"] = net.state_dict()
     torch.save(found, file.with_suffix(f".{rank}"))
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
-    faulthandler.cancel_dump_traceback_later()
 
 
 if __name__ == "__main__":

@@ -1,9 +1,14 @@
 """Runs in processes of their own, that tests start and some of which kill themselves."""
 
+import faulthandler
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+import torch
 
 ROOT = Path(__file__).parents[2]
 KILLED = -9
@@ -28,3 +33,14 @@ def torchrun(*arguments: object, ranks: int = 2) -> subprocess.CompletedProcess[
     return process(
         *("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", ranks, *arguments)
     )
+
+
+@contextmanager
+def one_rank() -> Iterator[None]:
+    """For a function that each of several ranks runs: on one thread, ended when all have ended."""
+    faulthandler.dump_traceback_later(100, exit=True)  # a rank that waits says where
+    torch.set_num_threads(1)
+    yield
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+    faulthandler.cancel_dump_traceback_later()

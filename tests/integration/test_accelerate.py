@@ -15,22 +15,13 @@ pytest.importorskip("accelerate")
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 
-from freezeout import FreezeOut, Schedule
+from freezeout import FreezeOut
 from tests.integration.accelerate_runs import one_run
 from tests.integration.processes import KILLED, process
 from tests.models import conv_net, images
+from tests.plain_loop import BATCHES, EARLY, row, same, train
 
-EARLY = Schedule(0.4, "linear")
-BATCHES, EPOCHS = 5, 4
-
-
-def same(a: nn.Module, b: nn.Module) -> bool:
-    mine, theirs = a.state_dict().values(), b.state_dict().values()
-    return all(torch.equal(x, y) for x, y in zip(mine, theirs, strict=True))
-
-
-def row(freezer: FreezeOut) -> tuple[int, int, tuple[float, ...]]:
-    return freezer.step_count, freezer.num_frozen, freezer.learning_rates
+EPOCHS = 4
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
@@ -49,21 +40,9 @@ def test_equal_to_the_plain_loop(accumulate: int, before: bool) -> None:
         return FreezeOut(net, optimizer, updates, schedule=EARLY, example_inputs=images(0)[0])
 
     net, optimizer, scheduler = parts()
-    plain = freezing(net, optimizer)
-    expected = []
-    for batch in range(EPOCHS * BATCHES):
-        net.train()
-        torch.manual_seed(batch)
-        x, y = images(batch % BATCHES)
-        torch.autograd.backward(cross_entropy(net(x), y) / accumulate)
-        number = batch % BATCHES + 1
-        if number % accumulate == 0 or number == BATCHES:
-            nn.utils.clip_grad_norm_(net.parameters(), 0.5)
-            optimizer.step()
-            scheduler.step()
-            optimizer.zero_grad()
-            plain.step()
-            expected.append(row(plain))
+    expected = train(
+        *(net, [optimizer], updates), schedulers=[scheduler], accumulate=accumulate, clip=0.5
+    )
 
     accelerator = Accelerator(gradient_accumulation_steps=accumulate)
     own, bare, bare_scheduler = parts()
@@ -86,7 +65,7 @@ def test_equal_to_the_plain_loop(accumulate: int, before: bool) -> None:
                 wrapped.zero_grad()
             if accelerator.sync_gradients:
                 freezer.step()
-                rows.append(row(freezer))
+            rows.append(row(freezer))
     assert rows == expected
     assert rows[-1][:2] == (updates, 3)
     assert same(own, net)

@@ -235,13 +235,17 @@ def test_compiling_ahead_changes_no_bit() -> None:
     assert results[0] == results[1]
 
 
-def test_another_batch_shape_gets_graphs_of_its_own(compilations: Callable[[], int]) -> None:
+@pytest.mark.parametrize(
+    "changed", [lambda x: x[:5], lambda x: x.astype(np.float16)], ids=["shape", "type"]
+)
+def test_another_kind_of_batch_gets_graphs_of_its_own(
+    changed: Callable[[np.ndarray], np.ndarray], compilations: Callable[[], int]
+) -> None:
     freezer = jax_loop.new_freezer(compile_ahead=False)
     state = freezer.init(jax_loop.params())
     for step in (0, 1, 2, 3):
         x, y = jax_loop.batch(step)
-        keep = 16 if step % 2 else 5
-        state, _ = freezer.step(state, x[:keep], y[:keep])
+        state, _ = freezer.step(state, *((x, y) if step % 2 else (changed(x), changed(y))))
     assert compilations() == 2
 
 
@@ -444,9 +448,33 @@ def test_donated_states_are_overwritten_and_others_are_not() -> None:
         given = jax_loop.params()
         first = freezer.init(given)
         results.append(bits(jax_loop.run(freezer, first)))
-        assert all(leaf.is_deleted() == donate for leaf in jax.tree.leaves(first.params))
+        overwritten = jax.tree.leaves((first.params, first.opt_state))
+        assert all(leaf.is_deleted() == donate for leaf in overwritten)
         assert bits(given) == bits(jax_loop.params())
     assert results[0] == results[1]
+
+
+def test_what_else_the_loss_returns_is_handed_on() -> None:
+    def with_aux(params: Any, x: jax.Array, y: jax.Array) -> Any:
+        loss = jax_loop.loss_fn(params, x, y)
+        return loss, {"twice": 2 * loss}
+
+    freezer = FreezeOut(with_aux, optax.sgd(0.1), 9, layers=jax_loop.LAYERS, has_aux=True)
+    _, (loss, aux) = freezer.step(freezer.init(jax_loop.params()), *jax_loop.batch(0))
+    assert float(aux["twice"]) == 2 * float(loss) > 0
+
+
+def test_layers_whose_names_begin_alike_are_told_apart() -> None:
+    def loss_fn(params: Any, x: jax.Array, y: jax.Array) -> jax.Array:
+        return jnp.mean((x @ params["dense_1"]["w"] @ params["dense_10"]["w"] - y) ** 2)
+
+    options: Any = {"layers": ["dense_1", "dense_10"], "schedule": Schedule(times=(0.5, 1))}
+    freezer = FreezeOut(loss_fn, optax.sgd(0.1), 4, **options)
+    first = freezer.init({name: {"w": jnp.eye(jax_loop.WIDTH)} for name in options["layers"]})
+    state = trained(freezer, first, 2)
+    after = trained(freezer, state, 1)
+    assert bits(after.params["dense_1"]) == bits(state.params["dense_1"])
+    assert bits(after.params["dense_10"]) != bits(state.params["dense_10"])
 
 
 # --- resuming -------------------------------------------------------------------------------
@@ -535,6 +563,30 @@ def test_the_order_is_read_through_loops_branches_and_checkpoints() -> None:
         freezer = FreezeOut(loss_fn, optax.adam(1e-3), 9, layers=wrong)
         with pytest.raises(LayerOrderError):
             freezer.step(freezer.init(weights), x)
+
+
+def compiled_whole(params: Any, x: jax.Array) -> jax.Array:
+    """What users write who compile the loss themselves."""
+    loss: jax.Array = jax.jit(lambda p, x: jnp.mean(jnp.tanh(x @ p[0]) @ p[1]))(params, x)
+    return loss
+
+
+def by_a_number(params: Any, x: jax.Array) -> jax.Array:
+    """The first layer reaches the second as a single number: a gate of the whole batch."""
+    gate = jax.nn.sigmoid(jnp.mean(x @ params[0]))
+    return jnp.mean((gate * x) @ params[1])
+
+
+@pytest.mark.parametrize("loss_fn", [compiled_whole, by_a_number])
+def test_the_order_is_read_inside_compiled_functions_and_through_numbers(
+    loss_fn: Callable[[Any, jax.Array], jax.Array],
+) -> None:
+    weights, x = [jnp.eye(4), jnp.eye(4) + 1], jnp.ones((2, 4))
+    freezer = FreezeOut(loss_fn, optax.sgd(0.1), 9)
+    freezer.step(freezer.init(weights), x)
+    freezer = FreezeOut(loss_fn, optax.sgd(0.1), 9, layers=[1, 0])
+    with pytest.raises(LayerOrderError, match="layer '1' works on what layer '0' returned"):
+        freezer.step(freezer.init(weights), x)
 
 
 def test_what_is_given_is_checked() -> None:

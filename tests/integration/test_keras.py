@@ -144,22 +144,27 @@ def test_gradients_are_accumulated() -> None:
         assert moved == [layer >= k and batch % 2 == 1 for layer in range(4)], batch
 
 
-def test_weights_are_those_of_updates_made_by_hand() -> None:
+@pytest.mark.parametrize(("batches", "decay"), [(1, 0.05), pytest.param(2, 0.0, marks=slow)])
+def test_weights_are_those_of_updates_made_by_hand(batches: int, decay: float) -> None:
     """Three layers of one weight each, SGD with momentum and decoupled weight decay, as Keras
-    defines them, and eq. 1. Tolerance: float32 against float64, over 40 updates."""
-    total, alpha, momentum, decay = 40, 0.02, 0.9, 0.05
+    defines them, and eq. 1; one batch an update, and two. Tolerance: float32 against float64, over
+    40 updates."""
+    total, alpha, momentum = 40, 0.02, 0.9
     ends = (10, 25, 40)
     model = keras.Sequential([kl.Input((1,)), *(kl.Dense(1, use_bias=False) for _ in range(3))])
     model.set_weights([np.full((1, 1), w) for w in (0.9, 1.1, 0.8)])
-    optimizer = keras.optimizers.SGD(alpha, momentum=momentum, weight_decay=decay)
+    accumulated = None if batches == 1 else batches
+    optimizer = keras.optimizers.SGD(
+        alpha, momentum=momentum, weight_decay=decay, gradient_accumulation_steps=accumulated
+    )
     model.compile(optimizer, loss="mse")
-    x = np.random.default_rng(0).normal(size=(total, 1)).astype(np.float32)
+    x = np.random.default_rng(0).normal(size=(total * batches, 1)).astype(np.float32)
     freezer = FreezeOutCallback(schedule=Schedule(times=(0.25, 0.625, 1)))
     model.fit(x, -x, batch_size=1, shuffle=False, verbose=0, callbacks=[freezer])
 
     w, velocity = np.array([0.9, 1.1, 0.8]), np.zeros(3)
-    for step, sample in enumerate(x[:, 0].astype(float)):
-        gradient = 2 * (w.prod() * sample + sample) * sample * w.prod() / w
+    for step, samples in enumerate(x.reshape(total, batches).astype(float)):
+        gradient = 2 * (samples**2).mean() * (w.prod() + 1) * w.prod() / w
         for i, end in enumerate(ends):
             if step < end:
                 rate = 0.5 * alpha * total / end * (1 + np.cos(np.pi * step / end))
@@ -189,6 +194,31 @@ def test_norms_and_dropout_are_in_inference_mode_once_frozen(whole: Whole) -> No
         if "moving" in variable.path:
             end = ENDS["norm_2" in variable.path]
             assert [a[i] != b[i] for a, b in steps] == [s < end for s in range(len(steps))]
+
+
+class Plain(kl.Layer):  # type: ignore[misc]
+    """A composite layer that is not told whether it trains: Keras tells its norm all the same."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dense, self.norm = kl.Dense(4), kl.BatchNormalization()
+
+    def build(self, shape: Any) -> None:
+        self.dense.build(shape)
+        self.norm.build((None, 4))
+
+    def call(self, inputs: Any) -> Any:
+        return self.norm(self.dense(inputs))
+
+
+def test_norms_inside_a_frozen_layer_are_in_inference_mode() -> None:
+    model = keras.Sequential([kl.Input((6,)), Plain(), kl.Dense(1)])
+    model.compile("sgd", loss="mse")
+    watch = Watch()
+    fit(model, FreezeOutCallback(schedule=Schedule(times=(0.5, 1))), watch, epochs=2)
+    mean = next(i for i, v in enumerate(model.variables) if "moving_mean" in v.path)
+    moved = [a[mean] != b[mean] for a, b in zip(watch.before, watch.after, strict=True)]
+    assert moved == [step < STEPS for step in range(2 * STEPS)]
 
 
 class Counting(kl.Dense):  # type: ignore[misc]
@@ -450,6 +480,35 @@ def test_layers_can_be_given() -> None:
         names(model, ["two", "one", "three", "four"])
     with pytest.raises(InvalidType, match="must hold Keras layers or their names, got 3"):
         names(model, [3])
+
+
+class Tied(kl.Layer):  # type: ignore[misc]
+    """Uses another layer's kernel, transposed."""
+
+    def __init__(self, other: Any) -> None:
+        super().__init__(name="tied")
+        self.other = other
+        self.shift = self.add_weight(shape=(6,), name="shift")
+
+    def call(self, inputs: Any) -> Any:
+        return keras.ops.matmul(inputs, keras.ops.transpose(self.other.kernel)) + self.shift
+
+
+def test_a_shared_variable_freezes_with_the_last_layer_that_has_it() -> None:
+    """And one of a layer that was not given, with the last of all."""
+    first = kl.Dense(4, use_bias=False, name="first")
+    middle, norm = kl.Dense(4, name="middle"), kl.BatchNormalization(name="norm")
+    inputs = kl.Input((6,))
+    model = keras.Model(inputs, kl.Dense(1, name="last")(Tied(first)(norm(middle(first(inputs))))))
+    model.compile("sgd", loss="mse")
+    freezer = FreezeOutCallback(
+        layers=["first", "middle", "tied", "last"], schedule=Schedule(times=(0.2, 0.4, 0.6, 1))
+    )
+    watch = Watch(
+        lambda model: (first.kernel.trainable, middle.kernel.trainable, norm.gamma.trainable)
+    )
+    fit(model, freezer, watch, epochs=2)
+    assert [seen for (seen,) in watch.seen] == [(s < 6, s < 4, True) for s in range(2 * STEPS)]
 
 
 @slow

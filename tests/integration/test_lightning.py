@@ -23,8 +23,6 @@ from freezeout import FreezeOut, FreezeOutError, Schedule
 from freezeout.errors import CheckpointError, InvalidType, InvalidValue
 from freezeout.integrations.lightning import FreezeOutCallback
 from tests.integration.lightning_runs import (
-    BATCHES,
-    EARLY,
     EPOCHS,
     Batches,
     Classifier,
@@ -34,6 +32,8 @@ from tests.integration.lightning_runs import (
 )
 from tests.integration.processes import KILLED, process, torchrun
 from tests.models import Reversed, conv_net, images, vectors
+from tests.plain_loop import BATCHES, EARLY, Row, row, same
+from tests.plain_loop import train as plain
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning:lightning"),
@@ -48,15 +48,11 @@ class History(Callback):
 
     def __init__(self, callback: FreezeOutCallback) -> None:
         self.callback = callback
-        self.rows: list[tuple[int, int, tuple[float, ...]]] = []
+        self.rows: list[Row] = []
 
     def on_train_batch_end(self, *args: Any) -> None:
         if self.callback.freezer is not None:
             self.rows.append(row(self.callback.freezer))
-
-
-def row(freezer: FreezeOut) -> tuple[int, int, tuple[float, ...]]:
-    return freezer.step_count, freezer.num_frozen, freezer.learning_rates
 
 
 def fit(
@@ -76,42 +72,6 @@ def fit(
         module, loader() if data is None else data, ckpt_path=start, weights_only=start and True
     )
     return callback, history.rows
-
-
-def same(a: nn.Module, b: nn.Module) -> bool:
-    mine, theirs = a.state_dict().values(), b.state_dict().values()
-    return all(torch.equal(x, y) for x, y in zip(mine, theirs, strict=True))
-
-
-def plain(
-    net: nn.Module,
-    optimizers: list[Optimizer],
-    steps: int,
-    *,
-    schedulers: list[LRScheduler] = [],  # noqa: B006
-    accumulate: int = 1,
-    clip: float | None = None,
-) -> list[Any]:
-    """The plain loop; what happened in it after each batch."""
-    freezer = FreezeOut(net, optimizers, steps, schedule=EARLY, example_inputs=images(0)[0])
-    rows, batch = [], 0
-    while freezer.step_count < steps:
-        net.train()
-        torch.manual_seed(batch)
-        x, y = images(batch % BATCHES)
-        torch.autograd.backward(cross_entropy(net(x), y) / accumulate)
-        batch += 1
-        if batch % BATCHES % accumulate == 0 or batch % BATCHES == 0:
-            if clip is not None:
-                nn.utils.clip_grad_norm_(net.parameters(), clip)
-            for optimizer in optimizers:
-                optimizer.step()
-                optimizer.zero_grad()
-            for scheduler in schedulers:
-                scheduler.step()
-            freezer.step()
-        rows.append(row(freezer))
-    return rows
 
 
 def start_net() -> nn.Module:

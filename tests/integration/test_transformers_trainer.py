@@ -20,7 +20,6 @@ from freezeout.errors import CheckpointError, InvalidValue
 from freezeout.integrations.transformers import FreezeOutTrainerCallback
 from tests.integration.processes import KILLED, process, torchrun
 from tests.integration.trainer_runs import (
-    EARLY,
     STEPS,
     TOTAL,
     History,
@@ -30,20 +29,15 @@ from tests.integration.trainer_runs import (
     encoder,
     encoder_decoder,
     one_run,
-    row,
     trainer,
 )
+from tests.plain_loop import EARLY, Row, row, same, update
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning:transformers"),
     pytest.mark.filterwarnings("ignore::UserWarning:peft"),
 ]
 Make = Callable[[], nn.Module]
-
-
-def same(a: nn.Module, b: nn.Module) -> bool:
-    mine, theirs = a.state_dict().values(), b.state_dict().values()
-    return all(torch.equal(x, y) for x, y in zip(mine, theirs, strict=True))
 
 
 def plain(
@@ -56,7 +50,7 @@ def plain(
     accumulate: int = 1,
     scheduler: str = "constant",
     warmup: int = 0,
-) -> list[Any]:
+) -> list[Row]:
     """The plain loop over the batches that the Trainer took, and what happened in it."""
     freezer = FreezeOut(model, optimizer, steps, schedule=EARLY, example_inputs=batches[0])
     lr_scheduler = get_scheduler(scheduler, optimizer, warmup, steps)
@@ -70,11 +64,7 @@ def plain(
         model.train()
         for batch in taken:
             torch.autograd.backward(loss(model(**batch), batch, taken))
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        lr_scheduler.step()
-        optimizer.zero_grad()
-        freezer.step()
+        update(freezer, [optimizer], [lr_scheduler], 1.0)
         rows.append(row(freezer))
     return rows
 

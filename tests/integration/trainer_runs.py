@@ -5,7 +5,6 @@ own:
     torchrun ... -m tests.integration.trainer_runs ddp FILE   on two ranks, beside a plain loop
 """
 
-import faulthandler
 import os
 import signal
 import sys
@@ -33,10 +32,11 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from freezeout import FreezeOut, Schedule
+from freezeout import FreezeOut
 from freezeout.integrations.transformers import FreezeOutTrainerCallback
+from tests.integration.processes import one_rank
+from tests.plain_loop import EARLY, Row, row, update
 
-EARLY = Schedule(0.4, "linear")
 EPOCHS, EXAMPLES, BATCH = 3, 20, 4
 STEPS = EXAMPLES // BATCH  # an epoch
 TOTAL = EPOCHS * STEPS
@@ -103,15 +103,10 @@ class History(TrainerCallback):
 
     def __init__(self, callback: FreezeOutTrainerCallback) -> None:
         self.callback = callback
-        self.rows: list[tuple[int, int, tuple[float, ...]]] = []
+        self.rows: list[Row] = []
 
     def on_step_end(self, *args: Any, **others: Any) -> None:
         self.rows.append(row(self.callback.freezer))
-
-
-def row(freezer: FreezeOut | None) -> tuple[int, int, tuple[float, ...]]:
-    assert freezer is not None
-    return freezer.step_count, freezer.num_frozen, freezer.learning_rates
 
 
 def arguments(folder: Path, **options: Any) -> TrainingArguments:
@@ -185,6 +180,7 @@ def one_run(folder: Path, stop: int, make: Callable[[], nn.Module] = encoder) ->
     return model
 
 
+@one_rank()
 def ddp(file: Path) -> None:
     """In each of two ranks: a run of the Trainer, and torch's own DistributedDataParallel in a
     plain loop over the same batches."""
@@ -192,8 +188,6 @@ def ddp(file: Path) -> None:
 
     from freezeout.parallel import rewrap
 
-    faulthandler.dump_traceback_later(100, exit=True)  # a rank that waits says where
-    torch.set_num_threads(1)
     batches: list[dict[str, Tensor]] = []
     callback = FreezeOutTrainerCallback(EARLY)
     model = encoder()
@@ -219,15 +213,9 @@ def ddp(file: Path) -> None:
         torch.manual_seed(step)
         net.train()
         torch.autograd.backward(wrapper(**batches[step]).loss)
-        nn.utils.clip_grad_norm_(net.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        if freezer.step():
+        if update(freezer, [optimizer], clip=1.0):
             wrapper = rewrap(wrapper)
     torch.save({**found, "plain": net.state_dict()}, file.with_suffix(f".{os.environ['RANK']}"))
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
-    faulthandler.cancel_dump_traceback_later()
 
 
 if __name__ == "__main__":

@@ -147,7 +147,7 @@ def read(folder: Path | None) -> tuple[list[float], PrefixCache | None]:
     for epoch in range(4):
         # Other company in each epoch, so that texts are padded to other lengths.
         order = torch.randperm(COUNT, generator=torch.Generator().manual_seed(epoch))
-        for ids in order.split(8):
+        for ids in torch.split(order, 8):
             batch = inputs(ids)
             output = model(**batch) if cache is None else cache(**batch, ids=ids)
             loss = cross_entropy(output, labels[ids])

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.optim import SGD, AdamW, Optimizer
-from torch.profiler import ProfilerActivity, profile
 
 from freezeout import FreezeOut
 from freezeout.lab.models import build_model
 from freezeout.profile import Memory, count_step, peak_bytes, predict_memory
 from freezeout.profile.fake import faked
 from freezeout.profile.seconds import evenly_spaced
+from tests.memory import allocator_peak_bytes, freeze, resident
 
 Make = Callable[[nn.Module], Optimizer]
 
@@ -54,15 +54,10 @@ class Training:
         )
 
     def resident(self) -> list[Tensor]:
-        state = [v for each in self.optimizer.state.values() for v in each.values()]
-        tensors = [v for v in state if isinstance(v, Tensor)]
-        return [*self.model.parameters(), *self.model.buffers(), *tensors, self.x, self.y]
+        return resident(self.model, self.optimizer, (self.x, self.y))
 
     def freeze(self, depth: int) -> None:
-        for layer in self.layers[:depth]:
-            layer.freeze()
-            for parameter in layer.parameters:
-                self.optimizer.state.pop(parameter, None)
+        freeze(self.layers[:depth], self.optimizer)
 
 
 def networks(name: str, device: str, batch: int = 16) -> tuple[nn.Module, Tensor]:
@@ -107,17 +102,8 @@ def test_the_tensors_counted_are_those_that_torch_allocates() -> None:
     training = Training(model, torch.randn(128, 64), adamw, "fp32")
     training.step()
     counted = peak_bytes(training.step, training.resident())
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        training.step()
-    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
-    alive, most = 0, 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        alive += event.nbytes()
-        most = max(most, alive)
-    resident = {
-        t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in training.resident()
-    }
-    assert counted == pytest.approx(sum(resident.values()) + most, rel=0.02)
+    allocated = allocator_peak_bytes(training.step, training.resident())
+    assert counted == pytest.approx(allocated, rel=0.02)
 
 
 def test_a_grown_batch_takes_what_was_taken_at_first() -> None:
