@@ -156,9 +156,12 @@ def test_one_seed_shows_nothing(tmp_path: Path) -> None:
 
 
 def test_equal_differences_claim_no_certainty(tmp_path: Path) -> None:
-    for seed in range(3):
-        write_run(tmp_path / f"ordinary{seed}", seed=seed, error=0.25, freezeout=False)
-        write_run(tmp_path / f"arm{seed}", seed=seed, error=0.5)
+    """Two images of 1,600 in every seed; in floating point they differ in the last place."""
+    pairs = [(0.1175, 0.11625), (0.113125, 0.111875), (0.10875, 0.1075)]
+    assert len({error - usual for error, usual in pairs}) > 1
+    for seed, (error, usual) in enumerate(pairs):
+        write_run(tmp_path / f"ordinary{seed}", seed=seed, error=usual, freezeout=False)
+        write_run(tmp_path / f"arm{seed}", seed=seed, error=error)
     _, comparison = only(tmp_path)
     assert comparison.to_rival is not None
     assert (comparison.to_rival.low, comparison.to_rival.shows) == (None, "nothing")

@@ -178,7 +178,8 @@ def difference(first: Arm, second: Arm) -> Difference | None:
 def _with_interval(
     centre: float, spread: float, freedom: float, n: int, is_paired: bool
 ) -> Difference:
-    if freedom < 1 or not spread:
+    # Differences that are equal, up to how numbers are rounded, say nothing about their spread.
+    if freedom < 1 or spread < 1e-9:
         return Difference(centre, None, None, n, is_paired)
     from scipy.stats import t  # slow to load
 
