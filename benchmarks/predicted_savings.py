@@ -39,8 +39,8 @@ MODELS = {
     "GPT": EstimateConfig(model="benchmarks.networks:gpt"),
 }
 
-# Not single steps: each would find the processor's cache full of the other's tensors. The first of
-# a block does: in blocks of five, the small steps of a nearly frozen WRN-40-4 took a tenth longer.
+# Not few steps: the first of a block finds the processor's cache full of the other network's
+# tensors. By medians WRN-40-4 saved 11.6 % in blocks of five, 14.1 % of twenty, 17.4 % alone.
 _BLOCK = 20
 
 
