@@ -6,9 +6,9 @@ For each of eight networks: estimate, then train two copies, one with FreezeOut 
 twenty steps of each in turn, so that a machine whose speed drifts slows both. With --target, `t_0`
 is the one that the estimate found for that saving. Claim: saved as predicted, within 5 points.
 
-A freeze itself costs some 15 ms, once (the next forward pass is looked at). In a run of thousands
-of steps that is nothing, in one of two hundred with forty freezes it is three points; so there
-are at least 15 steps a layer.
+A freeze itself costs some milliseconds, once (the next forward pass is looked at, memory is got
+anew). In a run of thousands of steps that is nothing, in one of two hundred with forty freezes it
+shows; so there are at least 15 steps a layer.
 """
 
 import argparse
