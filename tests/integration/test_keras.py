@@ -285,7 +285,10 @@ def test_a_second_fit_traces_anew() -> None:
             model.set_weights(start)
         fit(model, FreezeOutCallback(schedule=Schedule(times=(0.4, 0.4, 1, 1))))
         middle = model.get_weights()
+        before = [np.array(variable) for variable in model.trainable_variables]
         fit(model, epochs=1)
+        for old, new in zip(before, model.trainable_variables, strict=True):
+            assert not np.array_equal(old, new)  # no layer is left out any more
         return [*middle, *model.get_weights()]
 
     for one, other in zip(weights(False), weights(True), strict=True):
