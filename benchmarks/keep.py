@@ -18,6 +18,8 @@ def keep(folder: Path, target: Path) -> None:
     target.mkdir(parents=True, exist_ok=True)
     saved = json.loads((folder / CONFIG).read_text())
     saved["config"] |= dict.fromkeys(PATHS)
+    if "/" in saved["config"].get("cache", ""):
+        saved["config"]["cache"] = "folder"
     (target / CONFIG).write_text(json.dumps(saved, indent=2) + "\n")
     for name in (METRICS, SAVINGS):
         if (folder / name).exists():

@@ -297,6 +297,15 @@ def test_checksums_tell_samples_apart_and_do_not_depend_on_company() -> None:
     assert Batch((swapped,), {}, 6).checksums()[0] != sums[0]
 
 
+def test_checksums_cover_every_pixel_of_a_small_image() -> None:
+    x = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    expected = Batch((x,), {}, 2).checksums()
+    for place in range(0, 3 * 32 * 32, 13):
+        changed = x.clone()
+        changed[1].view(-1)[place] += 1
+        assert list(Batch((changed,), {}, 2).checksums() == expected) == [True, False]
+
+
 def test_checksums_leave_padding_and_labels_out() -> None:
     tokens = torch.tensor([[5, 6, 7, 0], [8, 9, 0, 0]])
     mask = (tokens > 0).long()
