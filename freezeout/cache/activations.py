@@ -10,8 +10,9 @@ from torch import Tensor
 
 from ..errors import CacheError, InvalidValue
 from ..layers import Layer
+from ..words import first_line
 from .depths import Depths
-from .files import FileStore
+from .files import Damaged, FileStore
 from .fingerprint import Fingerprints
 from .inputs import Batch
 from .layout import Layout
@@ -70,7 +71,10 @@ class Activations:
         store = self.store
         if not store.is_reserved:
             longest = batch.time if batch.lengths is not None else 0
-            store.reserve(len(store.index) * self._depths.record_bytes(longest, batch.time))
+            try:
+                store.reserve(len(store.index) * self._depths.record_bytes(longest))
+            except (RuntimeError, MemoryError) as error:  # of a device, or the computer
+                raise CacheError(f"no memory for the cache: {first_line(error)}") from error
         if not self.ready:  # what another process has left
             for other in sorted({int(d) for d in np.unique(store.index["depth"])} - {0, depth}):
                 if other <= frozen and store.resume_depth(other, self._fingerprint(other)):
@@ -95,6 +99,7 @@ class Activations:
         held = self.store.depths(keys).copy()
         changed = np.flatnonzero((held > 0) & (self.store.index["input"][keys] != inputs))
         if len(changed):
+            self.store.compare(keys[changed])  # damage comes first
             raise InvalidValue(
                 f"the input of sample {numbers[changed[0]]} is not what it was when its "
                 "activation was stored: the data set changed, ids name other samples than before, "
@@ -111,7 +116,7 @@ class Activations:
             return np.zeros(batch.size, bool)
         layout, lengths = self._layouts[depth], _lengths(batch)
         needed = [layout.bytes_of(length) for length in lengths]
-        room = [self._depths.record_bytes(length, batch.time) for length in lengths]
+        room = [self._depths.record_bytes(length) for length in lengths]
         fits = self.store.set_aside(keys, needed, room)
         held[self.store.depths(keys) == 0] = 0  # their room was too small
         if not fits.all():
@@ -157,6 +162,19 @@ class Activations:
             self._tell(f"cannot write to the cache ({error.strerror}); nothing more is stored")
         self._stats.write_seconds += time.perf_counter() - begin
         return layout.rounded(tensors)
+
+    def emptied(self, plan: Plan, batch: Batch, tensors: list[Tensor]) -> list[Tensor]:
+        """These tensors with padding empty as it will be read, and not rounded."""
+        if not self._layouts[plan.depth].is_ragged:
+            return tensors
+        whole, lengths = Layout(plan, batch, None), _lengths(batch)
+        return whole.from_records(whole.to_records(tensors, lengths), lengths, batch.time)
+
+    def check_held(self, keys: Keys, depth: int) -> None:
+        """Damaged unless all of them are still held at that depth: records may just have been
+        dropped, because they are laid out in another way than this batch's."""
+        if (self.store.depths(keys) != depth).any():
+            raise Damaged(keys.tolist())
 
     def as_read(self, depth: int, batch: Batch, tensors: list[Tensor]) -> list[Tensor]:
         """What reading would give if these had been stored: rounded, padding empty."""

@@ -32,6 +32,7 @@ class Depths:
         self._freezer, self._dtype = freezer, dtype
         self._asked = asked if isinstance(asked, str) else "given"
         self._survey: Survey | None = None
+        self._time = 0  # T of the batch surveyed, where there are sequences
         self.chosen: frozenset[int] | None = None  # None: not decided yet
         if not isinstance(asked, str):
             self.chosen = self._checked(asked)
@@ -50,6 +51,7 @@ class Depths:
         """Measure sizes and times of this batch, and choose for this store. Returns why none was
         chosen, if none was."""
         freezer = self._freezer
+        self._time = batch.time if batch.lengths is not None else 0
         self._survey = survey(freezer.model, freezer.layers, batch, store.serve_on)
         if self.chosen is not None:
             return None
@@ -86,16 +88,18 @@ class Depths:
     @property
     def reached(self) -> list[int]:
         """Depths that are kept and that the schedule reaches."""
-        deepest = sum(end < self._freezer.total_steps for end in self._freezer.freeze_steps)
+        freezer = self._freezer
+        deepest = sum(end < freezer.total_steps for end in freezer.freeze_steps)
+        deepest = max(deepest, freezer.num_frozen)
         return [depth for depth in range(1, deepest + 1) if depth in self]
 
-    def record_bytes(self, length: int = 0, time: int = 0) -> int:
+    def record_bytes(self, length: int = 0) -> int:
         """Bytes to set aside for a sample's record, so that one of any depth fits; of a sequence
-        of `length` in a batch that is padded to `time`, if that is not 0."""
+        of that length, if it is not 0."""
         assert self._survey is not None
         sizes = [self._survey.bytes_at(depth, self._dtype) or 0 for depth in self.reached]
         largest = max(sizes, default=0)
-        size = -(-largest * length // time) if time else largest
+        size = -(-largest * length // self._time) if self._time and length else largest
         return -(-size // ALIGNMENT) * ALIGNMENT
 
     def state_dict(self) -> dict[str, Any]:

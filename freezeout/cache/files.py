@@ -12,6 +12,7 @@ checksum is compared when a process first reads it, against what else may happen
 import errno
 import json
 import os
+import struct
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,7 +33,7 @@ except ImportError:  # not a POSIX system: two processes are not kept apart
 
 RECORDS, INDEX_FILE, HEADER = "activations.bin", "index.bin", "cache.json"
 _FILES = {RECORDS, INDEX_FILE, HEADER, temporary_name(Path(HEADER)).name, "lock"}
-_VERSION = 1
+_VERSION = 2
 
 
 class Damaged(Exception):
@@ -126,25 +127,30 @@ class FileStore(Store):
         self._depths = header["depths"]
 
     def reserve(self, total: int) -> None:
-        total = min(total, self.budget)
+        total, is_new = min(total, self.budget), not self.is_reserved
         try:
-            (self.path / HEADER).unlink(missing_ok=True)
-            for name, size in ((RECORDS, total), (INDEX_FILE, len(self.index) * INDEX.itemsize)):
-                with open(self.path / name, "wb") as file:
-                    # Not to find out about a full disk in the middle of a run.
-                    os.posix_fallocate(file.fileno(), 0, size)
+            if is_new:
+                (self.path / HEADER).unlink(missing_ok=True)
+                _set_aside(self.path / INDEX_FILE, len(self.index) * INDEX.itemsize, "wb")
+            _set_aside(self.path / RECORDS, total, "wb" if is_new else "r+b")
             self._map(total)
-            self.index["offset"] = -1
+            if is_new:
+                self.index["offset"] = -1
             self._write_header()
         except OSError as error:
-            for name in (RECORDS, INDEX_FILE):
-                (self.path / name).unlink(missing_ok=True)
+            if is_new:
+                for name in (RECORDS, INDEX_FILE):
+                    (self.path / name).unlink(missing_ok=True)
+            else:
+                os.truncate(self.path / RECORDS, len(self._bytes))
             what = "the disk is full" if error.errno == errno.ENOSPC else error.strerror
             raise CacheError(
                 f"cannot set {total:,} bytes aside in {self.path} for the cache: {what}"
             ) from error
 
     def _map(self, total: int) -> None:
+        if self._file >= 0:
+            os.close(self._file)
         self._file = os.open(self.path / RECORDS, os.O_RDWR)
         mapped = np.memmap(self.path / RECORDS, np.uint8, "r+", shape=(total,))
         self._bytes = torch.from_numpy(mapped)
@@ -175,6 +181,7 @@ class FileStore(Store):
         if (self.index["depth"] == depth).any():
             self.news = f"records of other weights in {self.path} are dropped"
         self.index["depth"][self.index["depth"] == depth] = 0
+        self.index.flush()  # or, after a power cut, old records might stand under the new header
         self._depths[str(depth)] = known
         try:
             self._write_header()
@@ -191,9 +198,9 @@ class FileStore(Store):
     def write(self, keys: Keys, records: Sequence[Tensor], depth: int, inputs: Any) -> None:
         self.index["depth"][keys] = 0
         crc = []
-        for offset, record in zip(self.index["offset"][keys].tolist(), records, strict=True):
-            data = record.cpu().contiguous().numpy().data
-            crc.append(zlib.crc32(data))
+        for key, record, value in zip(keys.tolist(), records, inputs.tolist(), strict=True):
+            data, offset = record.cpu().contiguous().numpy().data, int(self.index["offset"][key])
+            crc.append(_checksum(data, key, depth, int(value)))
             # Not through the mapping, where a disk that is full would end the process.
             self._write_at(offset, data)
         self.index["crc"][keys] = crc
@@ -206,14 +213,14 @@ class FileStore(Store):
             done += os.pwrite(self._file, data[done:], offset + done)
 
     def read_rows(self, keys: Keys) -> Tensor:
-        self._compare(keys)
+        self.compare(keys)
         return super().read_rows(keys)
 
     def read(self, keys: Keys) -> list[Tensor]:
-        self._compare(keys)
+        self.compare(keys)
         return super().read(keys)
 
-    def _compare(self, keys: Keys) -> None:
+    def compare(self, keys: Keys) -> None:
         unread = keys[self._unread[keys]]
         if not len(unread):
             return
@@ -222,7 +229,8 @@ class FileStore(Store):
         for key in unread.tolist():
             entry = self.index[key]
             start = int(entry["offset"])
-            if zlib.crc32(records[start : start + int(entry["bytes"])].data) != entry["crc"]:
+            data = records[start : start + int(entry["bytes"])].data
+            if _checksum(data, key, int(entry["depth"]), int(entry["input"])) != entry["crc"]:
                 wrong.append(key)
         self._unread[unread] = False
         if wrong:
@@ -244,3 +252,16 @@ class FileStore(Store):
                     (self.path / name).unlink(missing_ok=True)
                 if not os.listdir(self.path):
                     self.path.rmdir()
+
+
+def _set_aside(path: Path, size: int, mode: str) -> None:
+    """Make the file that large now, not to find out about a full disk in the middle of a run."""
+    with open(path, mode) as file:
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(file.fileno(), 0, max(size, 1))
+        file.truncate(size)
+
+
+def _checksum(data: memoryview, key: int, depth: int, value: int) -> int:
+    """Of a record's bytes, and of what the index says about them."""
+    return zlib.crc32(struct.pack("<qqq", key, depth, value), zlib.crc32(data))

@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Iterator, Sequence, Set
 from contextlib import contextmanager
 
+import torch
 from torch import nn
 from torch.fx.experimental.optimization import fuse
 
@@ -68,7 +69,8 @@ class FoldedPrefix:
             norms = _count(module, _NORMS)
             if norms and _count(module, _CONVS):
                 try:
-                    with warnings.catch_warnings():
+                    # The copy outlives the call, which may be in inference mode.
+                    with torch.inference_mode(False), warnings.catch_warnings():
                         warnings.simplefilter("ignore")
                         folded = fuse(_bare(module))
                 except Exception:  # torch.fx raises anything on what it cannot trace

@@ -10,6 +10,7 @@ from torch.utils._pytree import tree_flatten_with_path, tree_unflatten
 from ..errors import InvalidType, InvalidValue
 
 _LOOKED_AT = 2048  # words of 8 bytes of a sample that its checksum covers: all, or evenly spread
+_CHANNELS = 64  # of each token of a sequence that are looked at: all, or evenly spread
 _MASK = "attention_mask"
 _LABELS = ("labels", "label", "label_ids", "targets", "target", "next_sentence_label")
 
@@ -22,6 +23,7 @@ class Batch:
         size: samples.
         lengths: true length of each sample's sequence, (B,), where an `attention_mask` (B, T)
             says so; None otherwise.
+        is_padded: whether some sequence is shorter than T.
         kind: equal for two batches that differ in the number of samples and in values only.
         family: equal for two batches that may differ in sizes as well.
     """
@@ -37,7 +39,7 @@ class Batch:
         ]
         self.lengths: Tensor | None = None
         self.time = 0  # T, where there are lengths
-        self.left_padded = False
+        self.left_padded = self.is_padded = False
         mask = kwargs.get(_MASK)
         if isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[0] == size:
             self._read_mask(mask)
@@ -50,6 +52,7 @@ class Batch:
         self.lengths = mask.sum(1)
         expected = torch.arange(self.time)[None] < self.lengths[:, None]
         self.left_padded = not torch.equal(expected, mask)
+        self.is_padded = not bool(expected.all())
 
     @staticmethod
     def _sized(leaf: Any, has_rows: bool) -> Any:
@@ -72,6 +75,47 @@ class Batch:
         ]
         args, kwargs = tree_unflatten(leaves, self._tree)
         return Batch(args, kwargs, len(index))
+
+    def shared(self) -> tuple[Any, int]:
+        """The shapes of what all samples share, and a checksum of its values."""
+        tensors = [
+            leaf.detach()
+            for name, leaf, has_rows in zip(self._names, self._leaves, self._rows, strict=True)
+            if isinstance(leaf, Tensor) and not has_rows and name not in _LABELS
+        ]
+        total = 0
+        for tensor in tensors:
+            total = hash((total, int(_row_sums(tensor.reshape(1, -1), None, 0))))
+        return tuple(tuple(tensor.shape) for tensor in tensors), total
+
+    def with_labels_turned(self) -> "Batch | None":
+        """The same call, each sample with the label of another; None where nothing changes."""
+        leaves, any_change = list(self._leaves), False
+        for i, (name, leaf, has_rows) in enumerate(
+            zip(self._names, self._leaves, self._rows, strict=True)
+        ):
+            if has_rows and name in _LABELS:
+                leaves[i] = leaf.flip(0)
+                any_change |= not torch.equal(leaves[i], leaf)
+        return self._with(leaves) if any_change else None
+
+    def with_other_padding(self) -> "Batch":
+        """The same call, other values in the padding: those of each sample's first token."""
+        leaves = list(self._leaves)
+        for i, (name, leaf, has_rows) in enumerate(
+            zip(self._names, self._leaves, self._rows, strict=True)
+        ):
+            is_sequence = has_rows and leaf.ndim > 1 and leaf.shape[1] == self.time
+            if is_sequence and "mask" not in name and name not in _LABELS and self.is_padded:
+                assert self.lengths is not None
+                outside = torch.arange(self.time)[None] >= self.lengths[:, None]
+                outside = outside.to(leaf.device).reshape(*outside.shape, *[1] * (leaf.ndim - 2))
+                leaves[i] = torch.where(outside, leaf[:, :1], leaf)
+        return self._with(leaves)
+
+    def _with(self, leaves: list[Any]) -> "Batch":
+        args, kwargs = tree_unflatten(leaves, self._tree)
+        return Batch(args, kwargs, self.size)
 
     def checksums(self) -> np.ndarray[Any, np.dtype[np.int64]]:
         """(B,): one number a sample, of the inputs' bits; labels do not count, nor does padding."""
@@ -110,7 +154,8 @@ def _row_sums(
     """(B,) int64: weighted sums of the bits, modulo 2**64."""
     if lengths is not None and leaf.ndim >= 2 and leaf.shape[1] == time:
         inside = (torch.arange(time)[None] < lengths[:, None]).to(leaf.device)
-        flat = leaf.flatten(2)[:, :, :8] if leaf.ndim > 2 else leaf[:, :, None]
+        flat = leaf.flatten(2) if leaf.ndim > 2 else leaf[:, :, None]
+        flat = flat[:, :, :: -(-flat.shape[2] // _CHANNELS) or 1]
         bits = (_bits(flat.contiguous()) * inside[:, :, None]).flatten(1)
     else:
         words = _words(leaf)
@@ -151,8 +196,23 @@ def _unsized(leaf: Any) -> Any:
 
 
 def _plain(leaf: Any) -> Any:
+    if isinstance(leaf, np.ndarray):
+        return np.ndarray, leaf.shape, leaf.dtype, leaf.tobytes()
     try:
         hash(leaf)
     except TypeError:
-        return type(leaf), id(leaf)
+        return type(leaf), _Itself(leaf)
     return type(leaf), leaf
+
+
+class _Itself:
+    """An object that equals itself alone; it is held, so that no other takes its address."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Itself) and other.value is self.value
+
+    def __hash__(self) -> int:
+        return id(self.value)

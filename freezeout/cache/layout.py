@@ -32,7 +32,8 @@ class Layout:
             if spec.sizes[0] != ROWS or any(size.per_sample for size in spec.sizes[1:]):
                 raise Unservable("the frontier has a tensor without a row for each sample")
             shape = spec.shape(1)
-            is_sequence = batch.lengths is not None and shape[1:2] == (batch.time,)
+            # (B, T) would be a number a token; a pooled (B, features) is what that shape means.
+            is_sequence = batch.lengths is not None and len(shape) > 2 and shape[1] == batch.time
             outer = (0, 1) if is_sequence else (0,)
             order = spec.order if spec.order[: len(outer)] == outer else tuple(range(len(shape)))
             stored = spec.dtype

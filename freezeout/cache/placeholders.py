@@ -35,7 +35,8 @@ class Placeholders:
     def make(
         self, shape: Sequence[int], strides: Sequence[int], dtype: torch.dtype, device: torch.device
     ) -> Tensor:
-        with self._mode:
+        # They outlive the call, which may be in inference mode.
+        with torch.inference_mode(False), self._mode:
             return torch.empty_strided(shape, strides, dtype=dtype, device=device)
 
     def like(self, tensor: Tensor) -> Tensor:

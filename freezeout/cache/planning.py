@@ -14,7 +14,7 @@ from ..layers import Layer
 from .inputs import Batch
 from .placeholders import Placeholders, Unservable, reason_of, tensors_within
 from .plan import ROWS, Call, Plan, Size, TensorSpec
-from .recorder import RealCall, Recorder, Seen, probe
+from .recorder import RealCall, Recorder, Seen, check_draws, probe
 from .scratch import close, equal, generators, scratch
 
 
@@ -52,11 +52,28 @@ def make_plan(
     with scratch(model):
         few = probe(model, frozen, batch, real.calls)
     _check_frontier(real, few, batch.size)
+    if real.draws:
+        check_draws(model, frozen, batch, real)
     only_size = 1 if batch.size == 1 else None
     calls = _specs(real.calls, few.calls, batch.size, only_size)
     plan = _plan(model, layers, depth, calls, only_size, real.draws, placeholders)
     check_plan(plan, model, batch, real.frontier, (real.output, real.drawn))
+    if (turned := batch.with_labels_turned()) is not None:
+        with scratch(model):
+            reached = plan.prefix(turned)
+        if not all(map(equal, reached, real.frontier)):  # labels are in no checksum
+            raise Unservable("the frozen layers use the labels")
     return plan
+
+
+def check_padding(plan: Plan, model: nn.Module, batch: Batch, frontier: Sequence[Tensor]) -> None:
+    """Unservable if what frozen layers give for a sequence depends on what it is padded with: then
+    it would depend on the batch. `frontier`: what they gave for this one."""
+    with scratch(model):
+        other = plan.prefix(batch.with_other_padding())
+    for one, two in zip(frontier, other, strict=True):
+        if not close(_without_padding(one, batch), _without_padding(two, batch)):
+            raise Unservable("what the frozen layers compute depends on padding")
 
 
 def check_plan(

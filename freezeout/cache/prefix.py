@@ -1,6 +1,5 @@
 """`PrefixCache`: what the frozen layers computed of each sample, kept and served."""
 
-import shutil
 import time
 import warnings
 from collections.abc import Iterable, Mapping
@@ -20,23 +19,23 @@ from ..layers.trace import sharded_modules
 from ..schedule import whole_number
 from .activations import Activations, precision
 from .depths import Depths
-from .files import Damaged, FileStore
-from .fingerprint import tensors_of
+from .files import Damaged
+from .fingerprint import Watch
 from .fold import FoldedPrefix
 from .inputs import Batch, check_ids
 from .placeholders import Placeholders, Unservable, reason_of
 from .plan import Plan
-from .planning import check_plan, make_plan
+from .planning import check_padding, check_plan, make_plan
 from .scratch import close, scratch
 from .stats import CacheStats
-from .store import Keys, Store, memory_available
+from .store import Keys
+from .where import store_for
 
 DTYPES = {
     "fp32": torch.float32,
     "bf16": torch.bfloat16,
     "fp16": torch.float16,
 }
-_RESERVED = ("gpu", "cuda", "cpu", "memory", "auto", "off", "disk", "")
 _TRIES = 4  # depths tried at one move of the frontier, from the deepest on
 
 
@@ -113,11 +112,17 @@ class PrefixCache:
         self._verified: set[Any] = set()
         self._told: set[str] = set()
         self._numerics: Any = None
-        # Frozen layers' tensors; how many layers, and the sum of the tensors' versions.
-        self._tensors: list[Tensor] = []
-        self._watched: tuple[int, int] | None = None
+        self._shared: dict[Any, int] = {}  # of each combination of shapes: a checksum
+        self._watch = Watch(self._model, freezer.layers)
         self.off: str | None = None  # why the cache is off for good
-        store = self._make_store(where, budget)
+        purpose = {
+            "samples": self.num_samples,
+            "views": self.views,
+            "dtype": self.dtype,
+            "layers": [layer.name for layer in freezer.layers],
+        }
+        keys = self.num_samples * self.views
+        store = store_for(where, budget, keys, self._device, purpose)
         self._activations = Activations(
             store, freezer.layers, self._depths, kept_as, self.stats, self._tell
         )
@@ -140,8 +145,11 @@ class PrefixCache:
         numbers = check_ids(ids, self.num_samples)
         keys = self._keys(numbers, view)
         frozen = self.freezer.num_frozen
-        if self._watched is not None and frozen < self._watched[0]:
+        if frozen < self._watch.frozen:
+            self._watch.forget()
             self._reset()  # an earlier state was loaded: what freezes next has other weights
+        if self._fold is not None:  # folded copies serve also where nothing is kept
+            self._check_weights(frozen)
         if keys is None or self.off is not None or not frozen:
             return self._plain(args, kwargs, len(numbers))
         batch = Batch(args, kwargs, len(numbers))
@@ -199,6 +207,7 @@ class PrefixCache:
             raise Unservable(
                 "the call differs in precision or in options from the first one that was cached"
             )
+        self._check_shared(batch)
         if not self._depths.is_surveyed:
             self._decide(batch)
             if self.off is not None:
@@ -250,25 +259,24 @@ class PrefixCache:
         """What decides the bits of the frozen layers' results beside weights and inputs."""
         return precision(self._device.type), batch.family
 
+    def _check_shared(self, batch: Batch) -> None:
+        """What is stored depends on arguments that all samples share, too."""
+        shapes, values = batch.shared()
+        if self._shared.setdefault(shapes, values) != values:
+            raise Unservable(
+                "an argument that is the same for all samples has another value than when "
+                "activations were stored"
+            )
+
     def _check_weights(self, frozen: int) -> None:
-        """Frozen weights stand still; if someone changed them, what is stored is of no use. (A
-        version counts changes in place, but for a norm's statistics: those of frozen ones do not
-        change.)"""
-        known, versions = self._watched, sum(tensor._version for tensor in self._tensors)
-        if known is None or known[0] != frozen:
-            layers = self.freezer.layers[:frozen]
-            self._tensors = [tensor for layer in layers for tensor in tensors_of(layer)]
-            self._watched = frozen, sum(tensor._version for tensor in self._tensors)
-        if known is None or versions == known[1]:
-            return
-        self._reset()
-        self._watched = frozen, sum(tensor._version for tensor in self._tensors)
-        self._tell("weights of frozen layers were changed; what was stored is dropped")
+        if self._watch.have_changed(frozen):
+            self._reset()
+            self._tell("weights of frozen layers were changed; what was stored is dropped")
 
     def _reset(self) -> None:
         """Drop whatever depends on weights."""
-        self._watched = None
         self._activations.clear()
+        self._shared.clear()
         self._plans.clear()
         self._verified.clear()
         if self._fold is not None:
@@ -287,7 +295,10 @@ class PrefixCache:
             try:
                 return self._visit(plan, batch, numbers, keys, inputs)
             except Damaged:  # they are dropped now
-                self._tell("some stored activations are damaged; they are computed anew")
+                self._tell(
+                    "some stored activations are damaged, or laid out in another way; they are "
+                    "computed anew"
+                )
 
     def _visit(self, plan: Plan, batch: Batch, numbers: Keys, keys: Keys, inputs: Any) -> Any:
         activations, depth = self._activations, plan.depth
@@ -305,23 +316,31 @@ class PrefixCache:
         return self._mixed(plan, batch, keys, inputs, held, fits)
 
     def _serve(self, plan: Plan, batch: Batch, tensors: list[Tensor]) -> Any:
-        """The model's output from what is stored, which is compared with the real forward pass
-        if it is the first of its kind."""
-        family = (plan.depth, self._model.training, torch.is_grad_enabled(), batch.family)
-        if family not in self._verified:
-            begin = time.perf_counter()
-            try:
-                self._verify(plan, batch, tensors)
-            except Unservable as refusal:
-                self._turn_off(str(refusal))
-                return self._plain(batch.args, batch.kwargs, batch.size)
-            finally:
-                self.stats.check_seconds += time.perf_counter() - begin
-            self._verified.add(family)
+        """The model's output from what is stored."""
+        if not self._is_right(plan, batch, tensors):
+            return self._plain(batch.args, batch.kwargs, batch.size)
         try:
             return plan.run(batch, tensors)
         except Exception as error:
             raise self._failed(error) from error
+
+    def _is_right(self, plan: Plan, batch: Batch, tensors: list[Tensor]) -> bool:
+        """Compares what was stored with the real forward pass, if it is the first of its kind to
+        be used. If they differ, the cache is off."""
+        modes = (self._model.training, torch.is_grad_enabled())
+        kind = (plan.depth, modes, batch.is_padded, batch.family)
+        if kind in self._verified:
+            return True
+        begin = time.perf_counter()
+        try:
+            self._verify(plan, batch, tensors)
+        except Unservable as refusal:
+            self._turn_off(str(refusal))
+            return False
+        finally:
+            self.stats.check_seconds += time.perf_counter() - begin
+        self._verified.add(kind)
+        return True
 
     def _verify(self, plan: Plan, batch: Batch, tensors: list[Tensor]) -> None:
         """Unservable unless the stored tensors are the real ones, up to summation order and the
@@ -329,12 +348,15 @@ class PrefixCache:
         exact = self._activations.is_exact(plan.depth)
         with scratch(self._model):
             real = plan.prefix(batch)
+        if batch.is_padded:
+            check_padding(plan, self._model, batch, real)
         rounded = self._activations.as_read(plan.depth, batch, real)
         for stored, computed in zip(tensors, rounded, strict=True):
             same = close if exact and self._fold is None else _near
             if not same(stored, computed):
                 raise Unservable("what is stored is not what the frozen layers compute")
-        check_plan(plan, self._model, batch, rounded if exact else real)
+        whole = rounded if exact else self._activations.emptied(plan, batch, real)
+        check_plan(plan, self._model, batch, whole)
 
     def _compute(
         self, plan: Plan, batch: Batch, keys: Keys, inputs: Any, start: int, fits: Any
@@ -345,13 +367,14 @@ class PrefixCache:
         def take(tensors: list[Tensor]) -> list[Tensor]:
             return self._keep(plan.depth, batch, keys, inputs, fits, tensors)
 
-        before = self._plan_at(start, batch) if start else None
+        before, given = self._earlier(start, batch, keys)
+        if self.off is not None:
+            return self._plain(batch.args, batch.kwargs, batch.size)
         if before is None:
             self.stats.misses += batch.size
             with self._folding(plan), plan.capture(take):
                 return self._model(*batch.args, **batch.kwargs)
         self.stats.advanced += batch.size
-        given = self._activations.read(before.depth, batch, keys)
         try:
             with (
                 self._folding(plan, before),
@@ -363,6 +386,16 @@ class PrefixCache:
             return output
         except Exception as error:
             raise self._failed(error) from error
+
+    def _earlier(self, start: int, batch: Batch, keys: Keys) -> tuple[Plan | None, list[Tensor]]:
+        """What is stored of these samples at an earlier depth, and the plan to go on from there;
+        none if it is not to be used."""
+        before = self._plan_at(start, batch) if start else None
+        if before is None:
+            return None, []
+        self._activations.check_held(keys, start)
+        given = self._activations.read(start, batch, keys)
+        return (before, given) if self._is_right(before, batch, given) else (None, [])
 
     def _mixed(
         self, plan: Plan, batch: Batch, keys: Keys, inputs: Any, held: Any, fits: Any
@@ -378,8 +411,7 @@ class PrefixCache:
                 self.stats.hits += len(rows)
                 tensors = self._activations.read(plan.depth, group, few)
             else:
-                before = self._plan_at(int(start), group) if start else None
-                given = [] if before is None else self._activations.read(before.depth, group, few)
+                before, given = self._earlier(int(start), group, few)
                 try:
                     with self._folding(plan, before):
                         tensors = plan.prefix(group, before, given)
@@ -420,6 +452,11 @@ class PrefixCache:
             f"a served forward pass failed where earlier ones did not: {reason}; the cache is off "
             "now, and this step can be made again"
         )
+
+    def clear(self) -> None:
+        """Forget what is stored. Weights of frozen layers that were changed behind autograd's back
+        (`parameter.data.copy_(…)`) are not noticed, and call for this."""
+        self._reset()
 
     def _turn_off(self, reason: str) -> None:
         self.off = reason
@@ -483,32 +520,6 @@ class PrefixCache:
         self._depths.load_state_dict(state)
         if self._depths.chosen == frozenset():
             self.off = "it was decided before that it would save nothing"
-
-    def _make_store(self, where: str | Path, budget: int | None) -> Store:
-        keys = self.num_samples * self.views
-        cpu = torch.device("cpu")
-        if where == "ram":
-            return Store(keys, budget or memory_available() // 2, cpu, self._device)
-        if where == "device":
-            if budget is None:
-                free = memory_available()
-                if self._device.type == "cuda":
-                    free = torch.cuda.mem_get_info(self._device)[0]
-                budget = free // 2
-            return Store(keys, budget, self._device, self._device)
-        if not isinstance(where, Path) and ("/" not in where and where.lower() in _RESERVED):
-            raise InvalidValue(f"where must be 'ram', 'device' or a folder, got {where!r}")
-        purpose = {
-            "samples": self.num_samples,
-            "views": self.views,
-            "dtype": self.dtype,
-            "layers": [layer.name for layer in self.freezer.layers],
-        }
-        path = Path(where)
-        store = FileStore(path, keys, budget or 0, self._device, purpose)
-        if budget is None:
-            store.budget = shutil.disk_usage(path).free * 9 // 10
-        return store
 
 
 def _near(one: Tensor, other: Tensor) -> bool:

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves
 
 from ..layers import Trace
@@ -12,7 +13,9 @@ from ..layers.trace import _uncompiled
 from .inputs import Batch
 from .placeholders import Unservable, tensors_within
 from .plan import Reached, forward_of, overridden, restore
-from .scratch import generators
+from .scratch import close, foreign_generators, generators, scratch
+
+_BELOW_ONE = 1 - 2**-8  # in bfloat16 too
 
 
 class Seen(NamedTuple):
@@ -43,6 +46,7 @@ class Recorder:
         frontier: a copy of the tensors that the last one returned.
         output: the model's.
         draws: whether anything was drawn from a generator before the frontier.
+        draws_outside_torch: whether from Python's or numpy's.
         drawn: the generators after the pass.
     """
 
@@ -64,9 +68,10 @@ class Recorder:
         self.calls: list[RealCall] = []
         self.frontier: list[Tensor] = []
         self.output: Any = None
-        self.draws = False
+        self.draws = self.draws_outside_torch = False
         self.drawn: list[bytes] = []
         self._before: list[bytes] = []
+        self._foreign: list[bytes] = []
         self._made: list[Tensor] = []  # what frozen modules handed out
         self._inside = False
         self._stop_after: int | None = None
@@ -75,7 +80,7 @@ class Recorder:
         """Run the model, or its calls of frozen modules up to a number."""
         self._stop_after = stop_after
         kept = [(m, overridden(m, self._wrapped(m, forward_of(m)))) for m in self._modules]
-        self._before = generators(self._model)
+        self._before, self._foreign = generators(self._model), foreign_generators()
         try:
             self.output = self._model(*batch.args, **batch.kwargs)
         except Reached:
@@ -107,6 +112,7 @@ class Recorder:
                 self._made += [leaf for leaf in leaves if isinstance(leaf, Tensor)]
                 self.frontier = [t.detach().clone() for t in leaves if isinstance(t, Tensor)]
                 self.draws = generators(self._model) != self._before
+                self.draws_outside_torch = foreign_generators() != self._foreign
             seen = [_seen(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
             self.calls.append(RealCall(module, tree, seen, runs))
             if len(self.calls) == self._stop_after:
@@ -183,6 +189,47 @@ def probe(
     return recorder
 
 
+def check_draws(model: nn.Module, frozen: set[nn.Module], batch: Batch, real: Recorder) -> None:
+    """Unservable if what is drawn in front of the frontier decides what reaches it. A drop rate of
+    zero draws as well, and decides nothing: nor do the lowest and the highest numbers then."""
+    reason = "random numbers that are drawn in front of the frontier decide what reaches it"
+    if real.draws_outside_torch:
+        raise Unservable(
+            "Python's or numpy's random numbers are drawn in front of the frontier, and may decide "
+            "what reaches it"
+        )
+    for value in (0, 1):
+        again = Recorder(model, frozen)
+        try:
+            with scratch(model), torch.no_grad(), _uncompiled(), _Drawing(value):
+                again.record(batch, stop_after=len(real.calls))
+        except Exception as error:
+            raise Unservable(reason) from error
+        same = [(c.module, c.runs) for c in again.calls] == [(c.module, c.runs) for c in real.calls]
+        if not same or not all(map(close, again.frontier, real.frontier)):
+            raise Unservable(reason)
+
+
+class _Drawing(TorchDispatchMode):
+    """Whatever is drawn from torch's generators is the lowest number (0), or the highest (1)."""
+
+    def __init__(self, value: int) -> None:
+        super().__init__()
+        self._value = value
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            for tensor in tree_leaves(out):
+                if isinstance(tensor, Tensor):
+                    # Uniform numbers are below 1.
+                    below = self._value and "bernoulli" not in str(func)
+                    tensor.fill_(
+                        _BELOW_ONE if below and tensor.is_floating_point() else self._value
+                    )
+        return out
+
+
 def _kept_tensors(modules: Iterable[nn.Module]) -> dict[tuple[nn.Module, str], Any]:
     """Tensors in attributes and buffers, with their versions; the tensors themselves, so that no
     other takes their place in memory."""
@@ -197,8 +244,12 @@ def _kept_tensors(modules: Iterable[nn.Module]) -> dict[tuple[nn.Module, str], A
                 tensors = [buffer for buffer in value.values() if buffer is not None]
             else:
                 tensors = list(tensors_within(value)) if isinstance(value, Tensor) else []
-            found[module, name] = [(tensor, tensor._version) for tensor in tensors]
+            found[module, name] = [(tensor, _version(tensor)) for tensor in tensors]
     return found
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def _same_kept(before: list[tuple[Tensor, int]], after: list[tuple[Tensor, int]]) -> bool:

@@ -3,7 +3,9 @@
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -18,26 +20,35 @@ def scratch(model: nn.Module) -> Iterator[None]:
         for module in model.modules()
         for name, buffer in module._buffers.items()
     ]
-    python = random.getstate()
+    python, numpy = random.getstate(), np.random.get_state()
     with random_state_kept(model):
         try:
             yield
         finally:
             random.setstate(python)
+            np.random.set_state(numpy)
             with torch.no_grad():
                 for module, name, buffer, kept in buffers:
                     module._buffers[name] = buffer
                     # Norms change theirs without a new version; frozen ones keep the old.
                     if buffer is not None and kept is not None and not equal(buffer, kept):
-                        buffer.copy_(kept)
+                        # A backward pass that is still to come may have saved it.
+                        with torch.autograd._unsafe_preserve_version_counter(buffer):
+                            buffer.copy_(kept)
 
 
 def generators(model: nn.Module) -> list[bytes]:
     """The state of every generator that a forward pass may draw from."""
-    states = [torch.get_rng_state().numpy().tobytes(), repr(random.getstate()).encode()]
+    states = [torch.get_rng_state().numpy().tobytes(), *foreign_generators()]
     if any(parameter.is_cuda for parameter in model.parameters()):
         states.append(torch.cuda.get_rng_state().numpy().tobytes())
     return states
+
+
+def foreign_generators() -> list[bytes]:
+    """Those of them that are not torch's: Python's and numpy's."""
+    numpy: Any = np.random.get_state()
+    return [repr(random.getstate()).encode(), numpy[1].tobytes() + repr(numpy[2:]).encode()]
 
 
 def equal(one: Tensor, other: Tensor) -> bool:

@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..errors import CacheError
+
 Keys = np.ndarray[Any, np.dtype[np.int64]]
 
 INDEX = np.dtype(
@@ -52,12 +54,22 @@ class Store:
         return index
 
     def reserve(self, total: int) -> None:
-        """Make room for that many bytes, or for the budget if it is less. To be called once."""
-        self._bytes = torch.empty(min(total, self.budget), dtype=torch.uint8, device=self.device)
+        """Make room for that many bytes, or for the budget if it is less. What is there stays."""
+        total = min(total, self.budget)
+        # It outlives the call, which may be in inference mode.
+        with torch.inference_mode(False):
+            room = torch.empty(total, dtype=torch.uint8, device=self.device)
+            room[: len(self._bytes)] = self._bytes
+        self._bytes = room
 
     @property
     def is_reserved(self) -> bool:
         return len(self._bytes) > 0
+
+    @property
+    def bytes_set_aside(self) -> int:
+        """Room for records, taken or not."""
+        return len(self._bytes)
 
     @property
     def bytes_held(self) -> int:
@@ -67,6 +79,9 @@ class Store:
     def depths(self, keys: Keys) -> Any:
         """The depth of each key's record; 0: there is none."""
         return self.index["depth"][keys]
+
+    def compare(self, keys: Keys) -> None:
+        """Damaged if a record is not what was written, as far as can be told."""
 
     def drop(self, keys: Any) -> None:
         """Forget records, keeping the room set aside."""
@@ -81,12 +96,22 @@ class Store:
                 fits[i] = True
                 continue
             size = -(-max(room[i], needed[i]) // ALIGNMENT) * ALIGNMENT
+            if self._end + size > len(self._bytes):
+                self._grow(self._end + size)
             if self._end + size <= len(self._bytes):
                 index["depth"][key] = 0
                 index["room"][key], index["offset"][key] = size, self._end
                 self._end += size
                 fits[i] = True
         return fits
+
+    def _grow(self, needed: int) -> None:
+        """How long sequences are is not known when room is made first."""
+        if len(self._bytes) < needed <= self.budget:
+            try:
+                self.reserve(max(needed, 2 * len(self._bytes)))
+            except (CacheError, RuntimeError, MemoryError):
+                self.budget = len(self._bytes)  # so much there is, and no more
 
     def write_rows(self, keys: Keys, rows: Tensor, depth: int, inputs: Any) -> None:
         """uint8 (B, bytes), one row a key, for which there is room."""

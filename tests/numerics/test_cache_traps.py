@@ -1,0 +1,457 @@
+"""What could make a cache serve wrong numbers without anyone noticing: it does not."""
+
+import random
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import relu
+
+from freezeout import FreezeOut, PrefixCache, Schedule
+from freezeout.cache.depths import Depths
+from freezeout.cache.inputs import Batch
+from freezeout.cache.store import Store
+from tests.caching import Run, same
+from tests.models import CLASSES, ResNet, conv_net, linear_net, vectors
+
+# Padding.
+
+TIME = 8
+
+
+class Text(nn.Module):
+    """A layer for each token, one that looks at its neighbours, and a mean; `pads`: which layers
+    take padding in."""
+
+    class Mixing(nn.Conv1d):
+        def forward(self, x: Tensor, mask: Tensor) -> Tensor:  # type: ignore[override]
+            return relu(super().forward((x * mask).mT).mT)
+
+    def __init__(self, pads: str = "none") -> None:
+        super().__init__()
+        self.embedding, self.mixing = nn.Embedding(30, 6), self.Mixing(6, 6, 3, padding=1)
+        self.last, self.head = nn.Linear(6, 6), nn.Linear(6, CLASSES)
+        self.pads = pads
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        mask = attention_mask[:, :, None].float()
+        x = self.embedding(input_ids)
+        x = self.mixing(x, torch.ones_like(mask) if self.pads == "frozen layers" else mask)
+        x = relu(self.last(x))
+        if self.pads == "later layers":
+            mask = torch.ones_like(mask)
+        return self.head((x * mask).sum(1) / mask.sum(1))  # type: ignore[no-any-return]
+
+
+class Pooled(nn.Module):
+    """The frozen layers end with as many numbers a text as it has tokens with its padding."""
+
+    class Pooler(nn.Linear):
+        def forward(self, x: Tensor, mask: Tensor) -> Tensor:  # type: ignore[override]
+            return super().forward((x * mask).sum(1) / mask.sum(1))
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.pooler = nn.Embedding(30, 6), self.Pooler(6, TIME)
+        self.head = nn.Linear(TIME, CLASSES)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        x = self.embedding(input_ids)
+        return self.head(self.pooler(x, attention_mask[:, :, None].float()))  # type: ignore[no-any-return]
+
+
+def texts(lengths: list[int], time: int = TIME) -> dict[str, Tensor]:
+    mask = torch.arange(time)[None] < torch.tensor(lengths)[:, None]
+    generator = torch.Generator().manual_seed(time)
+    tokens = torch.randint(1, 30, mask.shape, generator=generator)
+    return {"input_ids": tokens * mask, "attention_mask": mask.long()}
+
+
+def frozen(model: nn.Module, example: Any, depth: int = 2) -> FreezeOut:
+    """With the first layers frozen, and rates that leave the others as they are."""
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    freezer = FreezeOut(model, optimizer, 100, example_inputs=example)
+    freezer.load_state_dict(freezer.state_dict() | {"kept_frozen": depth})
+    model.train()
+    return freezer
+
+
+@pytest.mark.parametrize("dtype", [None, "bf16"])
+@pytest.mark.parametrize("first", ["padded", "whole"])
+@pytest.mark.parametrize("pads", ["later layers", "frozen layers"])
+def test_padding_that_counts_is_never_served(pads: str, first: str, dtype: str | None) -> None:
+    """Zeros stand in for padding in store, which this model would take for tokens. The first
+    batch that is served may have no padding to show it."""
+    torch.manual_seed(0)
+    model = Text(pads)
+    whole, padded = texts([TIME] * 3), texts([5, 2, TIME])
+    freezer = frozen(model, whole)
+    cache = PrefixCache(freezer, 6, budget=10**6, depths="all", dtype=dtype)
+    order = [(whole, [0, 1, 2]), (padded, [3, 4, 5])]
+    tolerance = 0 if dtype is None else 2e-2  # served numbers were rounded
+
+    def check() -> None:
+        for _ in range(3):
+            for batch, ids in order if first == "whole" else order[::-1]:
+                assert torch.allclose(cache(**batch, ids=ids), model(**batch), tolerance, tolerance)
+
+    with pytest.warns(UserWarning, match="the model's|padding"):
+        check()
+    assert cache.off is not None
+
+
+def test_padding_that_does_not_count_is_no_hindrance() -> None:
+    torch.manual_seed(0)
+    model = Text()
+    padded = texts([5, 2, TIME])
+    cache = PrefixCache(frozen(model, padded), 3, budget=10**6, depths=[2])
+    for _ in range(3):
+        assert torch.equal(cache(**padded, ids=[0, 1, 2]), model(**padded))
+    assert (cache.refusals, cache.stats.hits) == ([], 6)
+
+
+@pytest.mark.parametrize("dtype", [None, "bf16"])
+def test_features_are_not_taken_for_tokens(dtype: str | None) -> None:
+    """As many of them as tokens, in texts that are shorter."""
+    torch.manual_seed(0)
+    model, padded = Pooled(), texts([5, 2, 3])
+    freezer = frozen(model, padded)
+    cache = PrefixCache(freezer, 3, budget=10**6, depths=[2], dtype=dtype)
+    for _ in range(3):
+        served, own = cache(**padded, ids=[0, 1, 2]), model(**padded)
+        assert torch.allclose(served, own, 0 if dtype is None else 2e-2, 0)
+    assert cache.stats.hits == 6
+
+
+def test_short_texts_first_leave_room_for_long_ones(tmp_path: Path) -> None:
+    for where in ("ram", str(tmp_path / "cache")):
+        torch.manual_seed(0)
+        model = Text("none")
+        short, long = texts([1, 1], 2), texts([40, 40], 40)
+        freezer = frozen(model, short, depth=1)
+        cache = PrefixCache(freezer, 4, where=where, budget=10**5, depths=[1])
+        for _ in range(2):
+            assert torch.equal(cache(**short, ids=[0, 1]), model(**short))
+            assert torch.equal(cache(**long, ids=[2, 3]), model(**long))
+        assert cache.refusals == []
+        assert cache.bytes_held == (1 + 1 + 40 + 40) * 6 * 4
+        cache.close()
+
+
+# Randomness, labels, and arguments that all samples share.
+
+
+class Random(nn.Module):
+    """Something is drawn once a batch, between two layers."""
+
+    def __init__(self, draw: Callable[[], Any], rate: float) -> None:
+        super().__init__()
+        self.stem, self.middle, self.head = nn.Linear(5, 5), nn.Linear(5, 5), nn.Linear(5, CLASSES)
+        self.draw, self.rate = draw, rate
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = relu(self.stem(x))
+        if self.training and self.draw() < self.rate:
+            x = 0.5 * x
+        return self.head(relu(self.middle(x)))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("draw", [lambda: torch.rand(()), random.random, np.random.random])
+def test_what_is_drawn_once_a_batch_is_drawn_in_every_step(draw: Callable[[], Any]) -> None:
+    """In one step of ten: the passes in which the cache is checked need not show it."""
+
+    def make() -> nn.Module:
+        return Random(draw, 0.1)
+
+    def seeded() -> Run:
+        random.seed(0)
+        np.random.seed(0)
+        return Run(make, vectors)
+
+    reference = seeded().steps(None)
+    run = seeded()
+    with pytest.warns(UserWarning, match="behind layer 'middle'.*drawn in front of the frontier"):
+        run.steps(run.cache())
+    assert same(run, reference)
+
+
+def test_a_rate_of_zero_draws_and_decides_nothing() -> None:
+    def make() -> nn.Module:
+        return Random(lambda: torch.rand(()), 0.0)
+
+    reference, run = Run(make, vectors).steps(None), Run(make, vectors)
+    cache = run.cache()
+    run.steps(cache)
+    assert same(run, reference)
+    assert cache.refusals == []
+    assert 2 in cache._activations.ready
+
+
+class Labelled(nn.Module):
+    """Frozen layers take the label too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.classes = nn.Linear(5, 5), nn.Embedding(CLASSES, 5)
+        self.middle, self.head = nn.Linear(5, 5), nn.Linear(5, CLASSES)
+
+    def forward(self, x: Tensor, labels: Tensor) -> Tensor:
+        x = relu(self.stem(x)) + self.classes(labels)
+        return self.head(relu(self.middle(x)))  # type: ignore[no-any-return]
+
+
+def test_labels_that_frozen_layers_use_are_inputs() -> None:
+    """They are in no checksum, since most models take them at the end."""
+    torch.manual_seed(0)
+    model, x = Labelled(), torch.randn(6, 5)
+    labels = torch.arange(6) % CLASSES
+    cache = PrefixCache(frozen(model, (x, labels)), 6, budget=10**6, depths=[2])
+    for turned in (labels, labels, labels.flip(0)):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            served = cache(x, labels=turned, ids=range(6))
+        assert torch.equal(served, model(x, labels=turned))
+    assert any("use the labels" in reason for reason in cache.refusals)
+
+
+class Scaled(nn.Module):
+    class Stem(nn.Linear):
+        def forward(self, x: Tensor, by: Any) -> Tensor:  # type: ignore[override]
+            return relu(super().forward(x)) * torch.as_tensor(by, dtype=x.dtype)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.middle = self.Stem(5, 5), nn.Linear(5, 5)
+        self.head = nn.Linear(5, CLASSES)
+
+    def forward(self, x: Tensor, by: Any) -> Tensor:
+        return self.head(relu(self.middle(self.stem(x, by))))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("kind", [torch.tensor, np.array])
+def test_an_argument_that_all_samples_share_may_not_change(kind: Callable[[float], Any]) -> None:
+    torch.manual_seed(0)
+    model, x = Scaled(), torch.randn(6, 5)
+    cache = PrefixCache(frozen(model, (x, kind(1.0))), 6, budget=10**6, depths=[2])
+    for _ in range(3):
+        assert torch.equal(cache(x, kind(1.0), ids=range(6)), model(x, kind(1.0)))
+    assert cache.stats.hits == 12
+    with pytest.warns(UserWarning, match="a batch is not cached"):
+        assert torch.equal(cache(x, kind(2.0), ids=range(6)), model(x, kind(2.0)))
+
+
+def test_every_part_of_a_tokens_features_counts() -> None:
+    mask = torch.ones(1, 4, dtype=torch.long)
+    x = torch.randn(1, 4, 40)
+    sums = [
+        int(Batch((), {"inputs_embeds": each, "attention_mask": mask}, 1).checksums()[0])
+        for each in (x, x.index_add(2, torch.tensor([39]), torch.ones(1, 4, 1)))
+    ]
+    assert sums[0] != sums[1]
+
+
+# Weights.
+
+
+def replaced(model: nn.Module) -> None:
+    model[0].weight = nn.Parameter(model[0].weight * 2, requires_grad=False)  # type: ignore[index]
+
+
+def assigned(model: nn.Module) -> None:
+    state = {name: tensor * 2 for name, tensor in model.state_dict().items()}
+    before = [p.requires_grad for p in model.parameters()]
+    model.load_state_dict(state, assign=True)
+    for parameter, trains in zip(model.parameters(), before, strict=True):
+        parameter.requires_grad_(trains)
+
+
+def moved(model: nn.Module) -> None:
+    for parameter in model.parameters():
+        parameter.data = parameter.data * 2
+
+
+@pytest.mark.parametrize("change", [replaced, assigned, moved])
+def test_weights_that_are_exchanged_are_noticed(change: Callable[[nn.Module], None]) -> None:
+    torch.manual_seed(0)
+    model, x = linear_net(), torch.randn(6, 5)
+    cache = PrefixCache(frozen(model, x), 6, budget=10**6, depths="all")
+    for _ in range(3):
+        cache(x, ids=range(6))
+    change(model)
+    with pytest.warns(UserWarning, match="weights of frozen layers were changed"):
+        served = cache(x, ids=range(6))
+    assert torch.equal(served, model(x))
+    assert torch.equal(cache(x, ids=range(6)), model(x))
+
+
+def test_what_is_done_behind_autograds_back_is_for_clear() -> None:
+    torch.manual_seed(0)
+    model, x = linear_net(), torch.randn(6, 5)
+    cache = PrefixCache(frozen(model, x), 6, budget=10**6, depths="all")
+    for _ in range(3):
+        cache(x, ids=range(6))
+    model[0].weight.data.mul_(2)
+    cache.clear()
+    for _ in range(3):
+        assert torch.equal(cache(x, ids=range(6)), model(x))
+
+
+@pytest.mark.filterwarnings("ignore:PrefixCache")
+def test_folded_norms_follow_the_weights_where_nothing_is_kept() -> None:
+    """With random augmentation throughout, and after the cache has turned itself off."""
+    torch.manual_seed(0)
+    model, x = ResNet(), torch.randn(6, 3, 8, 8)
+    cache = PrefixCache(frozen(model, x, 3), 6, budget=10**6, fold=True)
+    model.eval()
+
+    def near() -> bool:
+        return torch.allclose(cache(x, ids=range(6), view=None), model(x), 1e-4, 1e-5)
+
+    assert near()
+    with torch.no_grad():
+        model.layer1[0].conv1.weight.mul_(3)
+    assert near()
+    cache.close()
+    with torch.no_grad():
+        model.layer1[0].conv1.weight.mul_(3)
+    assert near()
+
+
+# Modes, and passes that are made for checking.
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_evaluation_may_come_first(mode: Callable[[], Any]) -> None:
+    """What is made in inference mode must not stay where training meets it."""
+    torch.manual_seed(0)
+    model, x = conv_net(), torch.randn(6, 3, 8, 8)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    freezer = FreezeOut(model, optimizer, 100, example_inputs=x)
+    cache = PrefixCache(freezer, 6, budget=10**6, depths="all", fold=True)
+    for depth in (1, 2):
+        freezer.load_state_dict(freezer.state_dict() | {"kept_frozen": depth})
+        for training in (False, True):
+            model.train(training)
+            with mode():
+                for _ in range(3):
+                    cache(x[:3], ids=range(3))
+        model.train()
+        for _ in range(3):
+            torch.autograd.backward(cache(x, ids=range(6)).sum())
+            optimizer.zero_grad()
+    assert cache.refusals == []
+    assert cache.stats.hits > 20
+
+
+def test_two_calls_before_one_backward_pass() -> None:
+    """Statistics of norms that still train are put back after checks, unseen by autograd."""
+    torch.manual_seed(0)
+    model, x = conv_net(), torch.randn(12, 3, 8, 8)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    freezer = FreezeOut(model, optimizer, 100, example_inputs=x)
+    cache = PrefixCache(freezer, 12, budget=10**6, depths="all")
+    for depth in (1, 2):
+        freezer.load_state_dict(freezer.state_dict() | {"kept_frozen": depth})
+        model.train()
+        cache(x[:6], ids=range(6))
+        for _ in range(2):  # the second call is the first of its kind to be served
+            one, two = cache(x[6:], ids=range(6, 12)), cache(x[:6], ids=range(6))
+            torch.autograd.backward((one - two).square().sum())
+            optimizer.zero_grad()
+    assert cache.stats.hits > 20
+
+
+# Room, and files.
+
+
+@pytest.mark.parametrize("error", [RuntimeError, MemoryError])
+def test_memory_that_is_not_there_turns_the_cache_off(
+    error: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def reserve(*_: Any) -> None:
+        raise error("out of memory\nTried to allocate 10 GB")
+
+    reference, run = Run(linear_net, vectors).steps(None), Run(linear_net, vectors)
+    cache = run.cache()
+    monkeypatch.setattr(Store, "reserve", reserve)
+    with pytest.warns(UserWarning, match="no memory for the cache: out of memory; the cache is"):
+        run.steps(cache)
+    assert same(run, reference)
+
+
+def test_layers_that_stay_frozen_under_another_schedule_are_kept() -> None:
+    model = linear_net()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    freezer = FreezeOut(model, optimizer, 100, schedule=Schedule(1.0))
+    depths = Depths([2], freezer, None)
+    assert depths.reached == []
+    freezer.load_state_dict(freezer.state_dict() | {"kept_frozen": 2})
+    assert depths.reached == [2]
+
+
+def test_a_larger_budget_counts_in_a_folder_that_is_there(tmp_path: Path) -> None:
+    def hits(budget: int) -> int:
+        torch.manual_seed(0)
+        model, x = linear_net(), torch.randn(12, 5)
+        freezer = frozen(model, x)
+        cache = PrefixCache(freezer, 12, where=tmp_path / "cache", budget=budget, depths=[2])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            for _ in range(2):
+                assert torch.allclose(cache(x, ids=range(12)), model(x), 1e-5)
+        cache.close()
+        return cache.stats.hits
+
+    assert hits(64 * 4) == 4
+    assert hits(64 * 12) > 12
+
+
+def test_records_in_another_order_of_memory_are_not_gone_on_from(tmp_path: Path) -> None:
+    """The same weights, and as many bytes; but channels last in the second process."""
+    for kind in (torch.contiguous_format, torch.channels_last):
+        torch.manual_seed(0)
+        model = conv_net().to(memory_format=kind)
+        x = torch.randn(6, 3, 8, 8).to(memory_format=kind)
+        depths = (1,) if kind is torch.contiguous_format else (2,)
+        freezer = frozen(model, x, 1)
+        cache = PrefixCache(freezer, 6, where=tmp_path / "cache", budget=10**6, depths=[1, 2])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            for depth in depths:
+                freezer.load_state_dict(freezer.state_dict() | {"kept_frozen": depth})
+                model.train()
+                for _ in range(3):
+                    torch.manual_seed(1)
+                    served = cache(x, ids=range(6))
+                    torch.manual_seed(1)
+                    assert torch.allclose(served, model(x), 1e-4, 1e-5)
+        assert cache.stats.advanced == 0
+        cache.close()
+
+
+@pytest.mark.parametrize("field", ["depth", "input"])
+def test_a_damaged_index_is_noticed(field: str, tmp_path: Path) -> None:
+    """Where records of two depths are of one size, an entry may still look plausible."""
+    torch.manual_seed(0)
+    model, x = linear_net(), torch.randn(6, 5)
+    freezer = frozen(model, x, 1)
+    for attempt in range(2):
+        cache = PrefixCache(freezer, 6, where=tmp_path / "cache", budget=10**6, depths=[1, 2])
+        for depth in (1, 2) if attempt == 0 else (2,):
+            freezer.load_state_dict(freezer.state_dict() | {"kept_frozen": depth})
+            model.train()
+            with warnings.catch_warnings(record=True) as said:
+                warnings.simplefilter("always")
+                for _ in range(2):
+                    assert torch.allclose(cache(x, ids=range(6)), model(x), 1e-5)
+        if attempt == 0:
+            index = cache._activations.store.index
+            assert set(index["depth"]) == {2}
+            index[field][3] = 1 if field == "depth" else index[field][3] + 1
+        cache.close()
+    assert any("damaged" in str(warning.message) for warning in said)
