@@ -206,7 +206,9 @@ def main() -> None:
     full, *others = ARMS
     lengths = {name: equal_time_steps(runs[name], runs[full]) for name in others}
     shortened = {
-        f"time of {name}": replace(ORDINARY, steps=round(steps)) for name, steps in lengths.items()
+        f"time of {name}": replace(ORDINARY, steps=round(steps))
+        for name, steps in lengths.items()
+        if steps is not None  # of this machine's runs
     }
     runs |= in_turn(shortened, args.out, make)
     lines = [

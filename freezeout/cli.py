@@ -3,6 +3,7 @@
 import sys
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -59,7 +60,7 @@ def sweep(
 
     The study is a TOML file, a preset (quick: digits, minutes; mini: CIFAR-10 on a CPU, hours;
     paper: the paper's grid, GPUs), or options, which come before what the file or preset says.
-    The same command goes on with a sweep that was stopped.
+    The same command goes on with a sweep that was stopped, and so does FOLDER/sweep.toml.
 
     Args:
         file: a TOML file; the names in it are the options' names, with underscores.
@@ -77,6 +78,8 @@ def sweep(
     if file is not None:
         name = file.stem if file.stem not in ("study", "sweep") else file.absolute().parent.name
         below = study.read_options(file)
+        if (home := study.folder_of_sweep(file)) is not None:
+            below = replace(below, out=home)
     run_sweep(study.Study.from_options(study.merged(below, options), name))
 
 

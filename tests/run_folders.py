@@ -21,13 +21,15 @@ def write_run(
     step_seconds: Sequence[float] | float = 0.01,
     finished: bool = True,
     hardware: str = "a processor",
+    ranks: int = 1,
+    total_steps: int | None = None,
     savings: dict[str, Any] | None = None,
     **options: Any,
 ) -> Path:
     """A run of `CONFIG` with the options changed; `error` is that of its last epoch, and
-    `step_seconds` is of all epochs or of each."""
+    `step_seconds` is of all epochs or of each; `total_steps`: what --const-time made of them."""
     config = replace(CONFIG, **options)
-    total = config.steps or config.epochs * STEPS_PER_EPOCH
+    total = total_steps or config.steps or config.epochs * STEPS_PER_EPOCH
     ends = [*range(STEPS_PER_EPOCH, total, STEPS_PER_EPOCH), total]
     each = [step_seconds] * len(ends) if isinstance(step_seconds, float) else step_seconds
     freezes = config.schedule.freeze_steps(5, total)
@@ -48,9 +50,19 @@ def write_run(
                 "step_seconds": seconds,
             }
         )
-    resolved = {"epochs": len(ends), "total_steps": total, "precision": "bf16"}
+    resolved = {
+        "epochs": len(ends),
+        "total_steps": total,
+        "precision": "bf16",
+        "prediction": None,
+    }
     folder.mkdir(parents=True)
-    saved = {"config": config.to_json(), "resolved": resolved, "hardware": hardware}
+    saved = {
+        "config": config.to_json(),
+        "resolved": resolved,
+        "hardware": hardware,
+        "ranks": ranks,
+    }
     (folder / "config.json").write_text(json.dumps(saved))
     lines = [json.dumps(row) + "\n" for row in rows[: None if finished else -1]]
     (folder / "metrics.jsonl").write_text("".join(lines))

@@ -10,8 +10,10 @@ over its seeds s,
 is the number of ordinary steps that take the same time: n_e steps were made in the epoch, m_e,s is
 their median time, and c_s the ordinary step's (the median over the ordinary run's epochs, which
 are all alike). No total enters; a slow spell of some epochs in one seed of three has no effect.
+Steps of different hardware are never set against each other.
 """
 
+from collections import defaultdict
 from collections.abc import Sequence
 from statistics import median
 
@@ -23,19 +25,30 @@ def ordinary_step_seconds(run: Run) -> float:
     return median(epoch.step_seconds for epoch in run.epochs)
 
 
-def equal_time_steps(arm: Sequence[Run], ordinary: Sequence[Run]) -> float:
+def equal_time_steps(arm: Sequence[Run], ordinary: Sequence[Run]) -> float | None:
     """The number N of ordinary steps that take as long as one run of the arm.
 
     Args:
         arm: finished runs of one arm, alike but for the seed; or of arms whose layers freeze at
-            the same steps.
-        ordinary: finished full-length ordinary runs of the same problem; at least one. Shortened
-            ones are made at other times, and would bring in how fast the machine was then.
+            the same steps. One on hardware without an ordinary run is left out.
+        ordinary: finished full-length ordinary runs of the same problem. Shortened ones are made
+            at other times, and would bring in how fast the machine was then.
+    Returns:
+        None if no run of the arm has an ordinary one on its hardware.
     """
-    each = {run.seed: ordinary_step_seconds(run) for run in ordinary}
-    usual = median(each.values())  # for a seed whose ordinary run failed
+    costs: dict[str, dict[int, float]] = defaultdict(dict)  # by hardware and seed
+    for run in ordinary:
+        costs[run.hardware][run.seed] = ordinary_step_seconds(run)
+    known = [
+        # The others' median is for a seed whose ordinary run failed.
+        (run.epochs, its.get(run.seed, median(its.values())))
+        for run in arm
+        if (its := costs.get(run.hardware))
+    ]
+    if not known:
+        return None
     steps = 0.0
-    for epoch in zip(*(run.epochs for run in arm), strict=True):
-        ratios = [e.step_seconds / each.get(r.seed, usual) for e, r in zip(epoch, arm, strict=True)]
-        steps += epoch[0].steps * median(ratios)
+    for same in zip(*(epochs for epochs, _ in known), strict=True):
+        ratios = [e.step_seconds / cost for e, (_, cost) in zip(same, known, strict=True)]
+        steps += same[0].steps * median(ratios)
     return steps

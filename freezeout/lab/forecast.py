@@ -38,13 +38,14 @@ class Forecast:
             found = json.loads(path.read_text())
             costs = [float(cost) for cost in found["step_costs_seconds"]]
             steps = int(found["steps_per_epoch"])
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, OverflowError, KeyError, TypeError):
             return  # a forecast is no reason to fail
         if costs and steps > 0:
             self.costs[home], self.steps_per_epoch[home] = costs, steps
 
     def learn(self, cell: Cell, run: Run, wall_seconds: float | None) -> None:
-        """A run has ended; `wall_seconds`: of its process, if it was made in one go."""
+        """A run has ended; `wall_seconds`: of its process, if it was made in one go. What is known
+        of step costs comes before, so that it shows how far they were off."""
         home, arm = cell.folder.parents[1], cell.folder.parent
         self.done[home][arm].append(run.seconds)
         predicted = None if cell.is_equal_time else self.predicted(home, cell.config)
@@ -53,20 +54,24 @@ class Forecast:
         if wall_seconds is not None:
             self.beside.append(max(0.0, wall_seconds - run.seconds))
 
-    def seconds(self, cell: Cell, rival: Cell | None = None) -> float | None:
+    def seconds(self, cell: Cell, rival: Cell | None = None, left: float = 1.0) -> float | None:
         """Of a run's process, None while nothing is known. `rival`: of an equal-time run, one that
-        it is to take as long as."""
+        it is to take as long as. `left`: the share of its steps that is still to be made."""
+        training = self._training(cell, rival)
+        if training is None:
+            return None
+        return left * training + (median(self.beside) if self.beside else _START_SECONDS)
+
+    def _training(self, cell: Cell, rival: Cell | None) -> float | None:
         home, arm = cell.folder.parents[1], cell.folder.parent
-        beside = median(self.beside) if self.beside else _START_SECONDS
         if done := self.done[home].get(arm):
-            return median(done) + beside
+            return median(done)
         if rival is not None:
-            return self.seconds(rival)
+            return self._training(rival, None)
         predicted = self.predicted(home, cell.config)
         if predicted is not None:
-            return predicted * (median(self.off[home]) if self.off[home] else 1.0) + beside
-        others = [s for arm_done in self.done[home].values() for s in arm_done]
-        return max(others) + beside if others else None
+            return predicted * (median(self.off[home]) if self.off[home] else 1.0)
+        return max((s for arm_done in self.done[home].values() for s in arm_done), default=None)
 
     def predicted(self, home: Path, config: TrainConfig) -> float | None:
         """Seconds of training, from the costs of steps; None if these are not known."""

@@ -6,6 +6,7 @@ checkpoints are not needed.
 
 import json
 import math
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
@@ -50,6 +51,7 @@ _DEFAULT_SIZES = {
     "vgg": {"depth": 16},
 }
 _NAMES = {"densenet": "DenseNet-BC", "wrn": "WRN", "vgg": "VGG"}
+_CACHES = ("off", "auto", "ram", "device")  # any other names a folder
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,7 @@ class Run:
     values: Mapping[str, Any]  # the configuration
     total_steps: int
     precision: str
-    hardware: str
+    hardware: str  # and how many processes shared the work, if several
     epochs: tuple[Epoch, ...]  # finished ones
     savings: Mapping[str, Any] | None  # predicted and measured, of a run with FreezeOut
 
@@ -107,6 +109,11 @@ class Run:
         """Of training alone."""
         return sum(epoch.seconds for epoch in self.epochs)
 
+    @property
+    def asked_steps(self) -> int:
+        """The length that was asked for, of a run with an epoch done: before --const-time."""
+        return int(self.values["steps"] or self.values["epochs"] * self.epochs[0].steps)
+
     @cached_property
     def problem(self) -> tuple[tuple[str, Any], ...]:
         """What makes runs comparable: the network, the data, the options of training."""
@@ -126,6 +133,8 @@ class Run:
             for k, v in self.values.items()
             if k not in known and v != _DEFAULTS.get(k, _UNKNOWN)
         }
+        if others.get("cache", "off") not in _CACHES:
+            others["cache"] = "folder"  # which one makes no difference
         if self.freezes:
             others |= {k: self.values[k] for k in _SCHEDULE}
         else:
@@ -169,16 +178,23 @@ def network_name(values: Mapping[str, Any]) -> str:
 
 
 def find_run_folders(folder: Path) -> Iterator[Path]:
-    """Every run folder in `folder`, or `folder` itself, in the order of their names."""
-    if (folder / CONFIG).is_file():
-        yield folder
-        return
+    """Every run folder in `folder`, or `folder` itself, in the order of their names; and every
+    folder that cannot be looked into, so that `read_run` says so."""
     try:
-        inside = sorted(path for path in folder.iterdir() if path.is_dir())
+        if (folder / CONFIG).is_file():
+            yield folder
+            return
+        inside = sorted(path for path in folder.iterdir() if os.path.isdir(path))
     except OSError:
+        yield folder
         return
     for path in inside:
         yield from find_run_folders(path)
+
+
+def encodable(text: str) -> str:
+    """The text as UTF-8 can hold it: a lone surrogate, as in a file name, is written out."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def read_run(path: Path) -> Run:
@@ -194,27 +210,37 @@ def read_run(path: Path) -> Run:
             path=path,
             values=_checked(values),
             total_steps=int(resolved["total_steps"]),
-            precision=str(resolved["precision"]),
-            hardware=str(saved.get("hardware", "unknown hardware")),
+            precision=encodable(str(resolved["precision"])),
+            hardware=_hardware(saved),
             epochs=_read_metrics(path / METRICS),
             savings=_read_savings(path / SAVINGS),
         )
         _ = run.schedule
     except CheckpointError:
         raise
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         said = f"lacks {error}" if isinstance(error, KeyError) else str(error)
         raise CheckpointError(f"{path / CONFIG} is not a run's configuration: {said}") from error
     return run
+
+
+def _hardware(saved: Mapping[str, Any]) -> str:
+    """What made the run; times are comparable where this is equal."""
+    processes = int(saved.get("ranks", 1))
+    shared = f", {processes} processes" if processes > 1 else ""
+    return encodable(str(saved.get("hardware", "unknown hardware"))) + shared
 
 
 def _checked(values: dict[str, Any]) -> dict[str, Any]:
     """The configuration, its known options of the right kinds."""
     names = {field.name for field in fields(TrainConfig)}
     TrainConfig.from_json({k: v for k, v in values.items() if k in names})
-    if not all(isinstance(v, str | int | float | bool | None) for v in values.values()):
-        raise ValueError("an option is neither a number nor a word")
-    return values
+    for value in values.values():
+        if not isinstance(value, str | int | float | None):
+            raise ValueError("an option is neither a number nor a word")
+        if isinstance(value, int | float) and not math.isfinite(value):
+            raise ValueError(f"an option is {value}")
+    return {encodable(k): encodable(v) if isinstance(v, str) else v for k, v in values.items()}
 
 
 def _read_metrics(path: Path) -> tuple[Epoch, ...]:
@@ -225,7 +251,7 @@ def _read_metrics(path: Path) -> tuple[Epoch, ...]:
     for number, line in enumerate(_read_text(path).splitlines(), 1):
         try:
             epoch = _epoch(json.loads(line), epochs[-1].step if epochs else 0)
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             said = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
             raise CheckpointError(f"{path}, line {number} cannot be read: {said}") from error
         if epoch.epoch != number:
@@ -248,7 +274,8 @@ def _epoch(row: Any, before: int) -> Epoch:
         seconds=float(row["seconds"]),
         step_seconds=float(row["step_seconds"]),
     )
-    odd = [k for k, v in asdict(epoch).items() if v is not None and not 0 <= v < math.inf]
+    numbers = {k: v for k, v in asdict(epoch).items() if v is not None}
+    odd = [k for k, v in numbers.items() if v < 0 or not math.isfinite(v)]
     if odd or not epoch.steps or not epoch.step_seconds:
         raise ValueError(f"it has an impossible {odd[0] if odd else 'number of steps or seconds'}")
     return epoch
@@ -259,12 +286,17 @@ def _read_savings(path: Path) -> Mapping[str, Any] | None:
     if not path.exists():
         return None
     savings = _read_json(path)
-    if not isinstance(savings, dict) or not isinstance(savings.get("predicted_share"), int | float):
+    if not isinstance(savings, dict) or not _is_finite(savings.get("predicted_share")):
         raise CheckpointError(f"{path} holds no savings")
     measured = savings.get("measured_share")
-    if measured is not None and not isinstance(measured, int | float):
+    if measured is not None and not _is_finite(measured):
         raise CheckpointError(f"{path} holds no savings")
     return savings
+
+
+def _is_finite(value: object) -> bool:
+    """Also false for whole numbers beyond all floats, which JSON may hold."""
+    return isinstance(value, int | float) and abs(value) < 1e300
 
 
 def _read_json(path: Path) -> Any:

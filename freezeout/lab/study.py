@@ -20,6 +20,7 @@ from .config import TrainConfig
 from .strategy import Strategy
 
 PRESETS = ("quick", "mini", "paper")
+STATE, STUDY = "sweep.json", "sweep.toml"  # in a sweep's folder
 
 # The sizes in a network's name: wrn-16-1 is wrn with depth 16 and widen factor 1.
 _SIZES = {
@@ -206,6 +207,8 @@ class Study:
         """A file that describes this study, every option in it."""
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "train"}
         values |= {name: getattr(self.train, name) for name in _TRAIN}
+        if self.train.data_dir is not None:
+            values["data_dir"] = self.train.data_dir.absolute()  # the file is read from anywhere
         # JSON's words, numbers and lists of them are TOML's too.
         return "".join(
             f"{name} = {json.dumps(value, default=str, ensure_ascii=False)}\n"
@@ -236,10 +239,16 @@ def read_options(path: Path) -> StudyOptions:
     """What a TOML file says. InvalidValue, naming the file, for one that cannot be read."""
     try:
         return _options(tomllib.loads(path.read_text(encoding="utf-8")))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, InvalidValue) as error:
+    except ValueError as error:  # InvalidValue, and all that tomllib raises
         raise InvalidValue(f"{path}: {error}") from error
     except OSError as error:
         raise InvalidValue(f"{path} cannot be read: {error.strerror}") from error
+
+
+def folder_of_sweep(file: Path) -> Path | None:
+    """The folder of the sweep that wrote the file, wherever it has been moved; None if none did."""
+    is_its_own = file.name == STUDY and (file.parent / STATE).exists()
+    return file.parent if is_its_own else None
 
 
 def preset_options(name: str) -> StudyOptions:
@@ -279,7 +288,10 @@ def _converted(name: str, value: Any, kind: Any) -> Any:
     if not isinstance(value, plain) or (isinstance(value, bool) and kind is not bool):
         words = {str: "text", Path: "text", int: "a whole number", float: "a number"}
         raise InvalidValue(f"{name} must be {words.get(kind, 'true or false')}, got {value!r}")
-    return kind(value)
+    try:
+        return kind(value)
+    except OverflowError as error:
+        raise InvalidValue(f"{name} has a number too large") from error
 
 
 def impossible(config: TrainConfig) -> str | None:

@@ -33,10 +33,10 @@ from .equal_time import equal_time_steps
 from .forecast import Forecast
 from .runs import CONFIG, WEIGHTS, Run, read_run
 from .signals import stop_signals
-from .study import Cell, Study, impossible
+from .study import STATE, STUDY, Cell, Study, impossible
 from .sweep_display import SweepDisplay
 
-STATE, STUDY, COSTS = "sweep.json", "sweep.toml", "step_costs.json"
+COSTS = "step_costs.json"
 _POLL_SECONDS = 0.05
 # Of a run's configuration, what may differ when a sweep goes on.
 _MAY_DIFFER = ("out", "device", "data_dir", "tensorboard")
@@ -58,6 +58,7 @@ class _State:
     status: str = "waiting"  # running, finished, failed
     error: str | None = None
     log: Path | None = None
+    left: float = 1.0  # the share of its steps that an earlier sweep did not make
 
     @property
     def is_over(self) -> bool:
@@ -108,8 +109,7 @@ class _Sweep:
 
     def run(self) -> Path:
         """Make what is left."""
-        for state in self.states.values():
-            self.take_what_is_done(state)
+        self.take_what_is_done()
         done = sum(state.status == "finished" for state in self.states.values())
         self.display.introduce(self.study.out, done, self.continue_command)
         for state in self.states.values():
@@ -117,8 +117,8 @@ class _Sweep:
             if reason is not None and not state.is_over:
                 self.fail(state, reason)
         try:
-            self.measure_step_costs()
             self.write_state()
+            self.measure_step_costs()
             while not self.stop.number and self.start_what_can() | self.is_busy:
                 time.sleep(_POLL_SECONDS)
                 self.look_after_processes()
@@ -148,15 +148,25 @@ class _Sweep:
     def running(self) -> list[str]:
         return [slot.state.cell.name for slot in self.slots if slot.state is not None]
 
-    def take_what_is_done(self, state: _State) -> None:
-        """A run that an earlier sweep finished."""
-        if (run := _finished_run(state.cell.folder)) is not None:
-            state.status = "finished"
-            self.forecast.learn(state.cell, run, None)
+    @property
+    def homes(self) -> dict[Path, Cell]:
+        """The folder of each network and data set, and one of its cells."""
+        return {folder.parents[1]: state.cell for folder, state in self.states.items()}
+
+    def take_what_is_done(self) -> None:
+        """What earlier sweeps left: costs of steps, finished runs, and parts of others."""
+        for home in self.homes:
+            self.forecast.read_costs(home, home / COSTS)
+        for folder, state in self.states.items():
+            if (run := _finished_run(folder)) is not None:
+                state.status = "finished"
+                self.forecast.learn(state.cell, run, None)
+            elif (run := _run_in(folder)) is not None and run.epochs:
+                state.left = max(0.0, 1 - run.epochs[-1].step / max(1, run.total_steps))
 
     def measure_step_costs(self) -> None:
         """For the forecast, once for each network and data set, on the first device."""
-        for home, cell in {s.cell.folder.parents[1]: s.cell for s in self.states.values()}.items():
+        for home, cell in self.homes.items():
             target = home / COSTS
             waits = any(
                 not s.is_over for s in self.states.values() if s.cell.folder.parents[1] == home
@@ -210,11 +220,10 @@ class _Sweep:
 
     def equal_time_steps(self, cell: Cell) -> int:
         """The length of an equal-time run: that of one which has been begun, else worked out."""
-        for folder in self.states:
-            if folder.parent == cell.folder.parent and (folder / CONFIG).exists():
-                steps = read_run(folder).values["steps"]
-                if isinstance(steps, int):
-                    return steps
+        for config in sorted(cell.folder.parent.glob(f"*/{CONFIG}")):  # of any seed
+            begun = _run_in(config.parent)
+            if begun is not None and isinstance(steps := begun.values["steps"], int):
+                return steps
         baseline = cell.waits_for[-1].parent
         arms: list[Run] = []
         ordinary: list[Run] = []
@@ -224,7 +233,13 @@ class _Sweep:
         if not arms or not ordinary:
             name = (cell.waits_for[0].parent if not arms else baseline).name
             raise FreezeOutError(f"its length is unknown: no run of {name} was finished")
-        return max(1, round(equal_time_steps(arms, ordinary)))
+        length = equal_time_steps(arms, ordinary)
+        if length is None:
+            raise FreezeOutError(
+                f"its length is unknown: no run of {cell.waits_for[0].parent.name} was made on the "
+                f"hardware of those of {baseline.name}"
+            )
+        return max(1, round(length))
 
     def look_after_processes(self) -> None:
         """Take in the processes that have ended."""
@@ -270,7 +285,8 @@ class _Sweep:
             rival = next((r for r in rivals if r.status != "failed"), None)
             if state.is_over or (rivals and rival is None):
                 continue
-            seconds = self.forecast.seconds(state.cell, None if rival is None else rival.cell)
+            rival_cell = None if rival is None else rival.cell
+            seconds = self.forecast.seconds(state.cell, rival_cell, state.left)
             if seconds is not None:
                 seconds = max(0.0, seconds - (now - begun.get(folder, now)))
             left.append(seconds)
@@ -278,7 +294,8 @@ class _Sweep:
         if left and not known:
             return None
         # A network of which nothing is known is taken to be as slow as the slowest.
-        return sum(max(known) if s is None else s for s in left) / len(self.slots)
+        every = [max(known) if seconds is None else seconds for seconds in left]
+        return max(sum(every) / len(self.slots), max(every, default=0.0))  # a run fills one slot
 
     def write_state(self) -> None:
         """How each run stands, for a reader and for the report."""
@@ -308,15 +325,18 @@ def _check_same_run(cell: Cell) -> None:
             )
 
 
-def _finished_run(folder: Path) -> Run | None:
-    """The run, if it was made to its end; its weights are what is written last."""
-    if not (folder / WEIGHTS).exists():
-        return None
+def _run_in(folder: Path) -> Run | None:
+    """The run in the folder, if there is one that can be read."""
     try:
-        run = read_run(folder)
+        return read_run(folder)
     except CheckpointError:
         return None
-    return run if run.is_finished else None
+
+
+def _finished_run(folder: Path) -> Run | None:
+    """The run, if it was made to its end; its weights are what is written last."""
+    run = _run_in(folder) if (folder / WEIGHTS).exists() else None
+    return run if run is not None and run.is_finished else None
 
 
 def _slots(devices: Sequence[str]) -> list[_Slot]:

@@ -61,16 +61,18 @@ def train(config: TrainConfig) -> Path:
             return _Loop(job, folder, epochs, prediction, stop).run()
 
 
-def resume(path: Path) -> Path:
+def resume(path: Path, *, device: str | None = None, data_dir: Path | None = None) -> Path:
     """Go on with the run in the folder `path`, with its own configuration, to its end.
 
-    A run that had ended is left as it is, and said to have. Raises as `train` does, and
-    CheckpointError for a folder without a run, a damaged checkpoint or one of another
-    configuration.
+    `device` and `data_dir`: where it goes on and finds its data; None: as it was begun. A run that
+    had ended is left as it is, and said to have. Raises as `train` does, and CheckpointError for a
+    folder without a run, a damaged checkpoint or one of another configuration.
     """
     with launched() as ranks:
         ranks.check_equal({"resume": str(path)})
-        config, epochs, prediction, identity = ranks.each(lambda: _configuration(path))
+        config, epochs, prediction, identity = ranks.each(
+            lambda: _configuration(path, device, data_dir)
+        )
         job = ranks.each(lambda: Job(config, ranks))
         folder = RunFolder(path)
         state = ranks.each(lambda: _checkpoint(folder, job, identity, epochs))
@@ -90,7 +92,7 @@ def resume(path: Path) -> Path:
 
 
 def _configuration(
-    path: Path,
+    path: Path, device: str | None, data_dir: Path | None
 ) -> tuple[TrainConfig, int, Prediction | None, dict[str, Any]]:
     """Of the run in a folder: how to go on, the number of epochs, what the steps should cost, and
     the options as given."""
@@ -101,7 +103,13 @@ def _configuration(
         epochs = whole_number("epochs", resolved["epochs"])
         prediction = Prediction.from_json(resolved["prediction"])
         asked = TrainConfig.from_json(values)
-        config = replace(asked, out=path, precision=resolved["precision"])
+        config = replace(
+            asked,
+            out=path,
+            precision=resolved["precision"],
+            device=asked.device if device is None else device,
+            data_dir=asked.data_dir if data_dir is None else data_dir,
+        )
     except (KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path}/config.json is not a run's configuration") from error
     return config, epochs, prediction, values

@@ -46,7 +46,8 @@ def _train(config: TrainConfig) -> None:
 
     folder = config.folder
     if (folder / CONFIG).exists():
-        resume(folder)
+        # Another device than it was begun on may be free, and the data may have moved.
+        resume(folder, device=config.device, data_dir=config.data_dir)
         return
     _remove_unborn(folder)
     train(config)

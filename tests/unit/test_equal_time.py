@@ -26,7 +26,7 @@ def steps(
     tmp_path: Path,
     arm: Mapping[int, tuple[float, ...] | float],
     ordinary: Mapping[int, tuple[float, ...] | float],
-) -> float:
+) -> float | None:
     return equal_time_steps(
         runs(tmp_path / "arm", arm), runs(tmp_path / "ordinary", ordinary, freezeout=False)
     )
@@ -77,3 +77,22 @@ def test_the_last_epoch_may_be_shorter(tmp_path: Path) -> None:
     arm = runs(tmp_path / "arm", {0: (0.01, 0.01, 0.004)}, steps=250)
     ordinary = runs(tmp_path / "ordinary", {0: 0.01}, freezeout=False)
     assert equal_time_steps(arm, ordinary) == pytest.approx(220, abs=1e-9)
+
+
+def test_a_run_is_measured_on_its_own_hardware_only(tmp_path: Path) -> None:
+    """Seed 1 was made on hardware that takes three times as long, where seed 5 is ordinary."""
+    slow = tuple(3 * t for t in HALF)
+    arm = runs(tmp_path / "arm", {0: HALF}) + runs(tmp_path / "slow", {1: slow}, hardware="slow")
+    ordinary = runs(tmp_path / "ordinary", {0: 0.01, 1: 0.01}, freezeout=False)
+    ordinary += runs(tmp_path / "other", {5: 0.03}, freezeout=False, hardware="slow")
+    assert equal_time_steps(arm, ordinary) == pytest.approx(300, abs=1e-9)
+    # Without that one, seed 1 says nothing about the time.
+    assert equal_time_steps(arm, ordinary[:2]) == pytest.approx(300, abs=1e-9)
+    assert equal_time_steps(arm[1:], ordinary[:2]) is None
+
+
+def test_processes_that_share_the_work_are_other_hardware(tmp_path: Path) -> None:
+    arm = runs(tmp_path / "arm", {0: HALF}, ranks=4)
+    ordinary = runs(tmp_path / "ordinary", {0: 0.01}, freezeout=False)
+    assert arm[0].hardware == "a processor, 4 processes"
+    assert equal_time_steps(arm, ordinary) is None

@@ -2,7 +2,9 @@
 
 import json
 import math
+import os
 import re
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -38,6 +40,14 @@ def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def groups(home: Path) -> list[Group]:
     return group_runs([read_run(path) for path in find_run_folders(home)])
+
+
+def write_undecided(home: Path) -> None:
+    """Seven arms, of whose difference to an ordinary run as long two seeds show nothing."""
+    for seed, error in enumerate((0.199, 0.201)):
+        write_run(home / f"ordinary/seed{seed}", freezeout=False, seed=seed)
+        for tenths in range(1, 8):
+            write_run(home / f"{tenths}/seed{seed}", t_0=tenths / 10, seed=seed, error=error)
 
 
 def only(home: Path) -> tuple[Group, Comparison]:
@@ -214,11 +224,19 @@ def test_a_size_left_out_is_the_networks_own(tmp_path: Path) -> None:
     assert [group.title for group in groups(tmp_path)] == ["VGG-16 on CIFAR-10"]
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_different_hardware_is_said(tmp_path: Path) -> None:
     write_run(tmp_path / "ordinary", freezeout=False, hardware="fast")
-    write_run(tmp_path / "arm", hardware="slow")
-    group, _ = only(tmp_path)
+    write_run(tmp_path / "arm", hardware="slow", step_seconds=(0.01, 0.01, 0.005, 0.005))
+    write_run(tmp_path / "near", freezeout=False, steps=300, hardware="slow")
+    group, comparison = only(tmp_path)
     assert any("different hardware (fast; slow)" in note for note in group.notes)
+    assert (comparison.arm.time_saved, comparison.rival) == (None, None)
+    assert comparison.sentence == (
+        "It was made on other hardware than the ordinary runs, so the time it saved is unknown."
+    )
+    page, _ = write_report(tmp_path)
+    assert comparison.sentence in page.read_text()
 
 
 def test_a_disturbed_machine_is_said(tmp_path: Path) -> None:
@@ -235,6 +253,118 @@ def test_the_same_run_twice_counts_once(tmp_path: Path) -> None:
     (group,) = groups(tmp_path)
     assert [len(arm.runs) for arm in group.arms] == [1]
     assert any("made twice" in note for note in group.notes)
+
+
+# Which runs are compared.
+
+
+def test_a_difference_over_fewer_seeds_says_so(tmp_path: Path) -> None:
+    write_study(tmp_path)
+    shutil.rmtree(tmp_path / "rival/seed2")
+    group, comparison = only(tmp_path)
+    assert comparison.to_rival is not None
+    assert comparison.to_rival.n == 2
+    (note,) = group.notes
+    assert note == (
+        "The seeds of cubic scaled 0.8 are not those of “ordinary, 300 steps”: differences to it "
+        "are over those that both have, 0, 1."
+    )
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_a_difference_over_fewer_seeds_has_its_own_n(tmp_path: Path) -> None:
+    page, _ = write_report(write_study(tmp_path))
+    assert ">n=" not in page.read_text()
+    shutil.rmtree(tmp_path / "rival/seed2")
+    page, _ = write_report(tmp_path)
+    assert page.read_text().count(">n=2<") == 1
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_a_longer_ordinary_run_is_not_the_full_length(tmp_path: Path) -> None:
+    write_study(tmp_path)
+    write_run(tmp_path / "long", freezeout=False, epochs=8)
+    group, comparison = only(tmp_path)
+    labels = [arm.label for arm in group.arms if not arm.freezes]
+    assert labels == ["ordinary, 800 steps", "ordinary, full length", "ordinary, 300 steps"]
+    assert group.full is group.arms[1]
+    assert group.arms[0].time_saved == -1
+    assert "It saves 25.0 % of the ordinary run's time." in comparison.sentence
+    page, _ = write_report(tmp_path)
+    assert "−100.0 %" in page.read_text()
+
+
+def test_const_time_is_beside_the_length_that_was_asked_for(tmp_path: Path) -> None:
+    write_run(tmp_path / "ordinary", freezeout=False)
+    write_run(tmp_path / "long", freezeout=False, epochs=6)
+    write_run(tmp_path / "arm", const_time=True, total_steps=600)
+    group, comparison = only(tmp_path)
+    assert group.full is not None
+    assert group.full.steps == 400
+    assert comparison.rival is group.arms[0]
+    assert "It costs 50.0 % more time." in comparison.sentence
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_arms_asked_for_other_lengths_are_groups_of_their_own(tmp_path: Path) -> None:
+    for epochs in (2, 4, 10, 12):
+        write_run(tmp_path / f"ordinary{epochs}", freezeout=False, epochs=epochs)
+    write_run(tmp_path / "short", epochs=4)
+    write_run(tmp_path / "long", epochs=10)
+    assert [(group.title, [arm.label for arm in group.arms]) for group in groups(tmp_path)] == [
+        (
+            "WRN-16-1 on CIFAR-10, 4 epochs",
+            ["ordinary, full length", "ordinary, 200 steps", "cubic scaled 0.8"],
+        ),
+        (
+            "WRN-16-1 on CIFAR-10, 10 epochs",
+            [
+                "ordinary, 1,200 steps",
+                "ordinary, full length",
+                "ordinary, 400 steps",
+                "ordinary, 200 steps",
+                "cubic scaled 0.8",
+            ],
+        ),
+    ]
+    page, _ = write_report(tmp_path)
+    assert "· 6 runs<" in page.read_text()  # each counted once
+
+
+def test_of_rivals_that_are_near_the_one_with_the_same_seeds_is_taken(tmp_path: Path) -> None:
+    write_study(tmp_path)
+    for path in (tmp_path / "rival").iterdir():
+        shutil.rmtree(path)
+    write_run(tmp_path / "rival/seed9", freezeout=False, steps=300, seed=9)
+    for seed in (0, 1):
+        write_run(tmp_path / f"other/seed{seed}", freezeout=False, steps=304, seed=seed)
+    _, comparison = only(tmp_path)
+    assert comparison.rival is not None
+    assert comparison.rival.steps == 304
+
+
+def test_scaled_and_unscaled_arms_have_one_time(tmp_path: Path) -> None:
+    """Their layers freeze at the same steps, and a sweep makes one rival for both."""
+    write_run(tmp_path / "ordinary", freezeout=False)
+    write_run(tmp_path / "scaled", step_seconds=(0.01, 0.01, 0.005, 0.005))
+    write_run(tmp_path / "unscaled", scale_lr=False, step_seconds=(0.01, 0.01, 0.006, 0.006))
+    write_run(tmp_path / "other", how_scale="linear")
+    (group,) = groups(tmp_path)
+    found = {arm.label: arm.ordinary_steps for arm in group.freezing}
+    assert found == {
+        "cubic scaled 0.8": pytest.approx(310),
+        "cubic unscaled 0.8": pytest.approx(310),
+        "linear scaled 0.8": pytest.approx(400),
+    }
+
+
+def test_caches_in_different_folders_are_one_arm(tmp_path: Path) -> None:
+    write_run(tmp_path / "ordinary", freezeout=False)
+    for seed in (0, 1):
+        write_run(tmp_path / f"arm{seed}", cache=f"/disk/cache{seed}", seed=seed)
+    _, comparison = only(tmp_path)
+    assert comparison.arm.label == "cubic scaled cached (folder) 0.8"
+    assert len(comparison.arm.runs) == 2
 
 
 # Bad input.
@@ -255,6 +385,15 @@ def damaged(home: Path) -> dict[str, str]:
     wrong = write_run(home / "wrong", seed=9) / "config.json"
     wrong.write_text(wrong.read_text().replace('"t_0": 0.8', '"t_0": 8'))
     (write_run(home / "unstarted", seed=9) / "metrics.jsonl").unlink()
+    endless = write_run(home / "endless", seed=9) / "metrics.jsonl"
+    endless.write_text(endless.read_text().replace('"step": 100', '"step": 1e999'))
+    long = write_run(home / "long", seed=9) / "config.json"
+    long.write_text(long.read_text().replace('"total_steps": 400', '"total_steps": Infinity'))
+    huge = write_run(home / "huge", seed=9) / "config.json"
+    huge.write_text(huge.read_text().replace('"lr": 0.1', f'"lr": 1{"0" * 400}'))
+    for name, share in (("all", "Infinity"), ("none", "NaN")):
+        saved = write_run(home / name, seed=9, savings=SAVINGS) / "savings.json"
+        saved.write_text(saved.read_text().replace("0.25", share))
     (home / "weird").mkdir()
     (home / "weird/config.json").write_text('{"name": "no run"}')
     return {
@@ -266,6 +405,11 @@ def damaged(home: Path) -> dict[str, str]:
         "cut": "config.json cannot be read",
         "wrong": "config.json is not a run's configuration: t_0 must be in (0, 1], got 8",
         "unstarted": "not finished, 0 of 400 steps",
+        "endless": "metrics.jsonl, line 1 cannot be read: cannot convert float infinity",
+        "long": "config.json is not a run's configuration: cannot convert float infinity",
+        "huge": "config.json is not a run's configuration: int too large to convert to float",
+        "all": "savings.json holds no savings",
+        "none": "savings.json holds no savings",
         "weird": "config.json is not a run's configuration: lacks 'config'",
     }
 
@@ -334,6 +478,58 @@ def test_runs_that_measured_no_error_are_reported_without(tmp_path: Path) -> Non
     page, _ = write_report(tmp_path)
     assert "no error was measured" in page.read_text()
     assert "nan" not in re.sub(r"<svg.*?</svg>", "", page.read_text(), flags=re.DOTALL).lower()
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_a_failed_run_is_named_once_with_what_it_left(tmp_path: Path) -> None:
+    home = write_study(tmp_path / "sweep")
+    write_run(home / "stopped/seed8", seed=8, finished=False)
+    (write_run(home / "damaged/seed8", seed=8) / "config.json").write_text("[]")
+    (home / "sweep.json").write_text(
+        json.dumps(
+            {
+                "runs": [
+                    {"run": f"{arm}/seed{seed}", "status": "failed", "error": f"{arm} went wrong"}
+                    for arm, seed in (("gone", 8), ("cubic", 0), ("stopped", 8), ("damaged", 8))
+                ]
+            }
+        )
+    )
+    _, left_out = write_report(tmp_path)
+    assert left_out == [
+        "sweep/damaged/seed8: config.json holds no configuration; failed: damaged went wrong",
+        "sweep/stopped/seed8: not finished, 300 of 400 steps; failed: stopped went wrong",
+        "sweep/gone/seed8: failed: gone went wrong",
+    ]
+
+
+@pytest.mark.usefixtures("undrawn")
+@pytest.mark.parametrize("question", ["iterdir", "is_file"])
+def test_a_folder_that_cannot_be_looked_into_is_named(
+    question: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_study(tmp_path)
+    (tmp_path / "locked").mkdir()
+    answer = getattr(Path, question)
+
+    def refuse(path: Path) -> Any:
+        if "locked" in path.parts:
+            raise PermissionError(13, "Permission denied")
+        return answer(path)
+
+    monkeypatch.setattr(Path, question, refuse)
+    _, (line,) = write_report(tmp_path)
+    assert line.startswith("locked: config.json cannot be read: ")
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_text_that_is_no_unicode_is_written_out(tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    write_run(home / os.fsdecode(b"run\xff"), freezeout=False, hardware="processor \ud800")
+    write_run(home / "arm", dataset="\ud801")
+    page, _ = write_report(home)
+    text = page.read_text(encoding="utf-8")
+    assert all(written in text for written in (r"run\udcff", r"processor \ud800", r"\ud801"))
 
 
 # The page.
@@ -460,13 +656,63 @@ def test_cached_arms_are_told_apart_by_name(tmp_path: Path) -> None:
     assert lowest.get_ylim()[0] == 0
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_many_undecided_arms_are_told_in_one_sentence(tmp_path: Path) -> None:
-    for t_0 in (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8):
-        write_run(tmp_path / f"arm{t_0}", t_0=t_0)
-    write_run(tmp_path / "ordinary", freezeout=False)
+    write_undecided(tmp_path)
     page, _ = write_report(tmp_path)
     assert "7 of 7 arms" in page.read_text()
     assert page.read_text().count('class="tag') == 1
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_an_arm_without_an_interval_is_told_by_itself(tmp_path: Path) -> None:
+    write_undecided(tmp_path)
+    write_run(tmp_path / "alone", t_0=0.8, step_seconds=(0.01, 0.01, 0.005, 0.005))
+    write_run(tmp_path / "once", t_0=0.9)
+    page, _ = write_report(tmp_path)
+    assert "7 of 9 arms" in page.read_text()
+    assert page.read_text().count('class="tag') == 3
+    assert "make one with --no-freezeout --steps 300." in page.read_text()
+    assert "no interval can be given, since there is one seed." in page.read_text()
+
+
+def test_figures_have_names_of_their_own_and_earlier_ones_go(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def sketch(figure: object, path: Path, title: str) -> str:
+        path.with_suffix(".svg").touch()
+        path.with_suffix(".png").touch()
+        return "<svg></svg>"
+
+    monkeypatch.setattr(style, "save", sketch)
+    home = tmp_path / "home"
+    write_run(home / "all", freezeout=False)
+    for images in (10_000, 20_000):
+        write_run(home / f"part{images}", freezeout=False, images=images)
+    assert sum("first 10,000 images" in group.title for group in groups(home)) == 1
+    first = numbers(home)["figures"]
+    assert len(first) == len(set(first)) >= 3 * 2 * 2
+    report = home / "report"
+    assert {path.name for path in report.iterdir()} == {*first, "index.html", "report.json"}
+
+    # What the report did not write, or could not have, is left alone.
+    for name in ("../outside.png", "notes.txt", "mine.png"):
+        (report / name).touch()
+    found = json.loads((report / "report.json").read_text())
+    found["figures"] += ["../outside.png", "notes.txt", ".."]
+    (report / "report.json").write_text(json.dumps(found))
+    for images in (10_000, 20_000):
+        shutil.rmtree(home / f"part{images}")
+    second = numbers(home)["figures"]
+    assert not {*first} & {*second}
+    assert {path.name for path in report.iterdir()} == {
+        *second,
+        "index.html",
+        "report.json",
+        "notes.txt",
+        "mine.png",
+    }
+    assert (home / "outside.png").exists()
 
 
 @pytest.mark.usefixtures("undrawn")

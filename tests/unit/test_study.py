@@ -1,11 +1,16 @@
 """Studies: what options, files and presets describe, and what is refused."""
 
+import json
 import re
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from freezeout.errors import InvalidValue
+from freezeout.cli import main
+from freezeout.errors import FreezeOutError, InvalidValue
+from freezeout.lab import sweep
 from freezeout.lab.config import TrainConfig
 from freezeout.lab.strategy import Strategy
 from freezeout.lab.study import (
@@ -18,6 +23,9 @@ from freezeout.lab.study import (
     preset_options,
     read_options,
 )
+from freezeout.lab.sweep_display import SweepDisplay
+from freezeout.lab.worker import _train
+from tests.run_folders import CONFIG, write_run
 
 SMALL = StudyOptions(
     models=("wrn-16-1",), datasets=("digits",), seeds=(3, 5), epochs=4, baselines=(2,)
@@ -133,7 +141,7 @@ def test_the_file_that_a_sweep_writes_describes_it(tmp_path: Path) -> None:
             t_0=(0.25, 1),
             equal_time=False,
             lr=1e-5,
-            data_dir=Path('a "folder"'),
+            data_dir=tmp_path / 'a "folder"',
             images=1000,
             devices=("cuda:0", "cuda:1"),
             out=tmp_path / "sweep",
@@ -191,6 +199,8 @@ def test_what_cannot_be_read_is_refused(options: StudyOptions, said: str) -> Non
         ("equal_time = 1", "equal_time must be true or false, got 1"),
         ("lr = 'high'", "lr must be a number, got 'high'"),
         ("out = 3", "out must be text, got 3"),
+        pytest.param(f"lr = 1{'0' * 400}", "lr has a number too large", id="no float"),
+        pytest.param(f"lr = 1{'0' * 5000}", "study.toml: ", id="no number"),
     ],
 )
 def test_a_file_with_a_mistake_is_refused(tmp_path: Path, text: str, said: str) -> None:
@@ -209,3 +219,114 @@ def test_a_whole_number_may_stand_for_a_fraction(tmp_path: Path) -> None:
     file = tmp_path / "study.toml"
     file.write_text("t_0 = [1]\nlr = 1\n")
     assert read_options(file) == StudyOptions(t_0=(1.0,), lr=1.0)
+
+
+def test_the_file_that_a_sweep_writes_names_its_data_from_anywhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    study = Study.from_options(merged(SMALL, StudyOptions(data_dir=Path("data"))))
+    file = tmp_path / "sweep.toml"
+    file.write_text(study.to_toml())
+    assert read_options(file).data_dir == tmp_path / "data"
+
+
+def test_a_sweeps_own_file_goes_on_in_its_folder_from_anywhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = tmp_path / "moved"
+    home.mkdir()
+    study = Study.from_options(merged(SMALL, StudyOptions(out=Path("runs/mine"))))
+    (home / "sweep.toml").write_text(study.to_toml())
+    (home / "sweep.json").write_text("{}")
+    found: list[Study] = []
+    monkeypatch.setattr(sweep, "sweep", found.append)
+    monkeypatch.chdir(tmp_path)
+    main(["sweep", "moved/sweep.toml"])
+    main(["sweep", "moved/sweep.toml", "--out", "other"])
+    (home / "sweep.json").unlink()  # a study that somebody wrote
+    main(["sweep", "moved/sweep.toml"])
+    assert [each.out for each in found] == [Path("moved"), Path("other"), Path("runs/mine")]
+
+
+# A sweep, without its processes.
+
+
+def sweep_of(tmp_path: Path, **options: Any) -> sweep._Sweep:
+    """Of ordinary runs of 400 steps and cubic ones, as `write_run` writes them."""
+    small = StudyOptions(strategies=("cubic scaled 0.8",), seeds=(0, 1), baselines=(), out=tmp_path)
+    study = Study.from_options(merged(merged(SMALL, small), StudyOptions(**options)))
+    return sweep._Sweep(study, study.cells(), SweepDisplay(1), sweep._Stop())
+
+
+def write_finished(folder: Path, **options: Any) -> None:
+    (write_run(folder, **options) / "model.safetensors").touch()
+
+
+def test_the_length_of_an_equal_time_run_is_that_of_any_that_was_begun(tmp_path: Path) -> None:
+    """Also of a seed that the study does not have; a damaged folder is no reason to fail."""
+    found = sweep_of(tmp_path)
+    cell = next(state.cell for state in found.states.values() if state.cell.is_equal_time)
+    rival = cell.folder.parent
+    (write_run(rival / "seed00", freezeout=False, steps=200) / "config.json").write_text("{")
+    write_run(rival / "seed7", freezeout=False, steps=250, finished=False)
+    (rival / "seed7.log").touch()
+    assert found.equal_time_steps(cell) == 250
+
+
+def test_times_of_other_hardware_give_no_length(tmp_path: Path) -> None:
+    found = sweep_of(tmp_path)
+    cell = next(state.cell for state in found.states.values() if state.cell.is_equal_time)
+    for folder in cell.waits_for:
+        arm = folder.parent.name
+        seed = int(folder.name.removeprefix("seed"))
+        write_finished(folder, freezeout="cubic" in arm, seed=seed, hardware=arm)
+    said = "no run of cubic-scaled-0.8 was made on the hardware of those of ordinary-4-epochs"
+    with pytest.raises(FreezeOutError, match=said):
+        found.equal_time_steps(cell)
+
+
+@pytest.mark.parametrize(("slots", "seconds"), [(1, 2 * 11.655 + 7.2), (4, 11.655)])
+def test_a_sweep_that_goes_on_knows_what_was_made(
+    slots: int, seconds: float, tmp_path: Path
+) -> None:
+    """Steps took 2.2 times what was measured, and of the second ordinary run a quarter is left."""
+    found = sweep_of(tmp_path, equal_time=False, devices=("cpu",) * slots)
+    (home,) = found.homes
+    write_finished(home / "ordinary-4-epochs/seed0", freezeout=False, step_seconds=0.02)
+    write_run(home / "ordinary-4-epochs/seed1", freezeout=False, seed=1, finished=False)
+    costs = {"step_costs_seconds": [0.01, 0.005], "steps_per_epoch": 100}
+    (home / "step_costs.json").write_text(json.dumps(costs))
+    found.take_what_is_done()
+    assert found.forecast.off[home] == pytest.approx([2.2])
+    # Cubic: 205 whole steps and 195 of half the cost, times 2.2, and 5 seconds to start. Ordinary:
+    # a quarter of 8.8, and 5. With a slot for each run, the longest counts.
+    assert found.seconds_left() == pytest.approx(seconds)
+
+
+def test_a_run_goes_on_on_its_slots_device_with_the_sweeps_data(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from freezeout.lab import train
+
+    run = write_run(tmp_path / "run", device="cuda:7", data_dir=Path("gone"))
+    configs: list[TrainConfig] = []
+
+    def job(config: TrainConfig, ranks: object) -> None:
+        configs.append(config)
+        raise FreezeOutError("enough")
+
+    monkeypatch.setattr(train, "Job", job)
+    for begin in (
+        lambda: _train(replace(CONFIG, out=run, device="cpu", data_dir=tmp_path)),
+        lambda: train.resume(run),
+    ):
+        with pytest.raises(FreezeOutError, match="enough"):
+            begin()
+    assert [(c.device, c.data_dir) for c in configs] == [
+        ("cpu", tmp_path),
+        ("cuda:7", Path("gone")),
+    ]
+    # What its checkpoints are compared with stays.
+    *_, identity = train._configuration(run, "cpu", tmp_path)
+    assert (identity["device"], identity["data_dir"]) == ("cuda:7", "gone")

@@ -11,6 +11,7 @@ not loaded. Written are
 """
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import asdict
 from html import escape
@@ -19,7 +20,8 @@ from typing import Any
 
 from ...atomic import write_atomically
 from ...errors import CheckpointError, DataError
-from ..runs import CONFIG, Run, find_run_folders, read_run
+from ..runs import CONFIG, Run, encodable, find_run_folders, read_run
+from ..study import STATE
 from .compare import Comparison, Group, group_runs
 
 __all__ = ["write_report"]
@@ -41,15 +43,20 @@ def write_report(folder: Path, out: Path | None = None) -> tuple[Path, list[str]
     groups = group_runs(runs)
     out = folder / "report" if out is None else out
     out.mkdir(parents=True, exist_ok=True)
+    written: list[str] = []
     with figures.draw_settings():
-        shown = [(group, _draw(group, out, _prefix(groups, group))) for group in groups]
-        schedules = _draw_schedules(runs, out)
+        shown = [
+            (group, _draw(group, out, prefix, written))
+            for group, prefix in zip(groups, _prefixes(groups), strict=True)
+        ]
+        schedules = _draw_schedules(runs, out, written)
+    _remove_earlier_figures(out, written)
     # The page does not name a folder outside of the one it is about.
     name = folder.name or folder.resolve().name
     from .page import page
 
-    write_atomically(out / PAGE, page(name, shown, schedules, left_out, folder))
-    numbers = _numbers(groups, folder, left_out)
+    write_atomically(out / PAGE, encodable(page(name, shown, schedules, left_out, folder)))
+    numbers = _numbers(groups, folder, left_out) | {"figures": written}
     write_atomically(out / NUMBERS, json.dumps(numbers, indent=2) + "\n")
     return out / PAGE, left_out
 
@@ -60,19 +67,22 @@ def _read(folder: Path) -> tuple[list[Run], list[str]]:
         raise DataError(f"{folder} is no folder")
     runs: list[Run] = []
     left_out: list[str] = []
+    failed = _failed(folder)
     for path in find_run_folders(folder):
         name = str(path.relative_to(folder)) if path != folder else path.name
+        error = failed.pop(path, None)
+        why = "" if error is None else f"; failed: {error}"
         try:
             run = read_run(path)
-        except CheckpointError as error:
-            left_out.append(f"{name}: {error}".replace(f"{path}/", ""))
+        except CheckpointError as damage:
+            left_out.append(f"{name}: {damage}{why}".replace(f"{path}/", ""))
             continue
         if run.is_finished:
             runs.append(run)
         else:
             done = run.epochs[-1].step if run.epochs else 0
-            left_out.append(f"{name}: not finished, {done:,} of {run.total_steps:,} steps")
-    left_out += _failed(folder, {line.partition(":")[0] for line in left_out})
+            left_out.append(f"{name}: not finished, {done:,} of {run.total_steps:,} steps{why}")
+    left_out += [f"{path.relative_to(folder)}: failed: {why}" for path, why in failed.items()]
     if not runs:
         said = f"; {left_out[0]}" if left_out else ""
         none = f"no run folder (none with a {CONFIG})" if not said else "no finished run"
@@ -80,32 +90,59 @@ def _read(folder: Path) -> tuple[list[Run], list[str]]:
     return runs, left_out
 
 
-def _failed(folder: Path, named: set[str]) -> list[str]:
-    """The runs that a sweep could not make."""
-    try:
-        states = json.loads((folder / "sweep.json").read_text())["runs"]
-        return [
-            f"{state['run']}: failed: {state['error']}"
-            for state in states
-            if state["status"] == "failed" and state["run"] not in named
-        ]
-    except (OSError, ValueError, KeyError, TypeError):
-        return []
+def _failed(folder: Path) -> dict[Path, str]:
+    """Of each run that a sweep in the folder, or below it, could not make: its error."""
+    failed: dict[Path, str] = {}
+    sweeps = [Path(base) for base, _, names in os.walk(folder) if STATE in names]
+    for home in sorted(sweeps):
+        try:
+            states = json.loads((home / STATE).read_text())["runs"]
+            found = {home / s["run"]: str(s["error"]) for s in states if s["status"] == "failed"}
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+        failed |= {path: error for path, error in found.items() if path.is_relative_to(folder)}
+    return failed
 
 
-def _prefix(groups: Sequence[Group], group: Group) -> str:
-    """What the names of a group's files begin with."""
+def _prefixes(groups: Sequence[Group]) -> list[str]:
+    """What the names of each group's files begin with: no two are alike."""
     if len(groups) == 1:
-        return ""
-    words = "".join(c if c.isascii() and c.isalnum() else "-" for c in group.title.lower())
-    return "-".join(filter(None, words.split("-")))[:80] + "-"
+        return [""]
+    prefixes: list[str] = []
+    for number, group in enumerate(groups, 1):
+        words = "".join(c if c.isascii() and c.isalnum() else "-" for c in group.title.lower())
+        prefix = "-".join(filter(None, words.split("-")))[:80] + "-"
+        while prefix in prefixes:
+            prefix += f"{number}-"
+        prefixes.append(prefix)
+    return prefixes
 
 
-def _draw(group: Group, out: Path, prefix: str) -> list[Any]:
+def _save(figure: Any, path: Path, label: str, written: list[str]) -> str:
+    """The figure as SVG; its files' names are added to `written`."""
+    from . import style
+
+    written += [f"{path.name}.svg", f"{path.name}.png"]
+    return style.save(figure, path, label)
+
+
+def _remove_earlier_figures(out: Path, written: Sequence[str]) -> None:
+    """Those that an earlier report wrote here and this one did not."""
+    try:
+        names = json.loads((out / NUMBERS).read_text())["figures"]
+        earlier = [Path(name) for name in names]
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    for name in earlier:
+        is_plain = name.parent == Path() and name.suffix in (".svg", ".png")
+        if is_plain and str(name) not in written and (out / name).is_file():
+            (out / name).unlink()
+
+
+def _draw(group: Group, out: Path, prefix: str, written: list[str]) -> list[Any]:
     """The figures of a group, in the page's order, written as files on the way."""
     from . import figures
     from .page import Shown
-    from .style import save
 
     has_errors = any(arm.errors for arm in group.arms)
     shown: list[Any] = []
@@ -117,7 +154,8 @@ def _draw(group: Group, out: Path, prefix: str) -> list[Any]:
             shown.append(Shown(title, without, None))
             return
         label = escape(f"{title}: {group.title}", quote=True)
-        shown.append(Shown(title, caption, save(figure, out / f"{prefix}{name}", label), wide))
+        svg = _save(figure, out / f"{prefix}{name}", label, written)
+        shown.append(Shown(title, caption, svg, wide))
 
     no_errors = "the runs held out no images, so no error was measured."
     add(
@@ -166,10 +204,9 @@ def _draw(group: Group, out: Path, prefix: str) -> list[Any]:
     return shown
 
 
-def _draw_schedules(runs: Sequence[Run], out: Path) -> Any:
+def _draw_schedules(runs: Sequence[Run], out: Path, written: list[str]) -> Any:
     from . import figures
     from .page import Shown
-    from .style import save
 
     shown = figures.shown_schedules(runs)
     if not shown:
@@ -179,7 +216,8 @@ def _draw_schedules(runs: Sequence[Run], out: Path) -> Any:
         "From the first layer, pale, to the last; a dot marks where a layer freezes. Scaled "
         "strategies start early layers at higher rates. (The paper's Figure 1.)"
     )
-    return Shown(title, caption, save(figures.schedules(shown), out / "schedules", title), True)
+    svg = _save(figures.schedules(shown), out / "schedules", title, written)
+    return Shown(title, caption, svg, True)
 
 
 def _numbers(groups: Sequence[Group], root: Path, left_out: Sequence[str]) -> dict[str, Any]:

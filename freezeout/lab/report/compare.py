@@ -1,11 +1,13 @@
 """Runs grouped into arms, and arms compared with an ordinary run of the same time.
 
 Runs are comparable if they train the same network on the same data with the same options (a
-group). Of those, runs that differ in nothing but the seed are an arm. An arm with FreezeOut is
-compared with the ordinary arm whose length is nearest to its time (`equal_time.py`).
+group) and, where they freeze layers, were asked for the same length. Of those, runs that differ in
+nothing but the seed are an arm. An arm with FreezeOut is compared with an ordinary arm whose length
+is near to its time (`equal_time.py`).
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from statistics import mean, median, quantiles, stdev
@@ -50,7 +52,7 @@ class Arm:
         """The arm in words, alone among its group's."""
         if self.freezes:
             return f"{self.strategy} {self.t_0:.12g}"
-        if self.full_steps is None or self.steps >= self.full_steps:
+        if self.steps == self.full_steps:
             return "ordinary, full length"
         return f"ordinary, {self.steps:,} steps"
 
@@ -140,16 +142,41 @@ class Group:
 
 
 def group_runs(runs: Sequence[Run]) -> list[Group]:
-    """The groups of some finished runs, in the order of their titles."""
+    """The groups of some finished runs, in the order of their titles and lengths."""
     problems: dict[object, list[Run]] = {}
     for run in runs:
         problems.setdefault(run.problem, []).append(run)
     titles = [_title(members[0]) for members in problems.values()]
-    groups = []
-    for members, title in zip(problems.values(), titles, strict=True):
-        told_apart = titles.count(title) == 1
-        groups.append(_group(members, title if told_apart else _long_title(members[0])))
-    return sorted(groups, key=lambda group: group.title)
+    named = [
+        (title if titles.count(title) == 1 else _long_title(members[0]), members)
+        for members, title in zip(problems.values(), titles, strict=True)
+    ]
+    return [
+        group
+        for title, members in sorted(named, key=lambda pair: pair[0])
+        for group in _groups(members, title)
+    ]
+
+
+def _groups(runs: Sequence[Run], title: str) -> Iterator[Group]:
+    """Of comparable runs: one, or one for each length that those which freeze were asked for."""
+    lengths = sorted({run.asked_steps for run in runs if run.freezes})
+    if len(lengths) < 2:
+        yield _group(runs, title)
+        return
+    for length in lengths:
+        frozen = [run for run in runs if run.freezes and run.asked_steps == length]
+        # An ordinary run that is longer than all is shown beside the longest.
+        most = math.inf if length == lengths[-1] else length
+        ordinary = [run for run in runs if not run.freezes and run.total_steps <= most]
+        yield _group([*ordinary, *frozen], f"{title}, {_length(frozen[0])}")
+
+
+def _length(run: Run) -> str:
+    epochs = run.values["epochs"]
+    if run.values["steps"] is not None:
+        return f"{run.asked_steps:,} steps"
+    return f"{epochs} epoch{'s' * (epochs != 1)}"
 
 
 def difference(first: Arm, second: Arm) -> Difference | None:
@@ -159,7 +186,7 @@ def difference(first: Arm, second: Arm) -> Difference | None:
     the order of images), if two or more seeds match; else Welch's, over the two arms.
     """
     a, b = first.errors, second.errors
-    both = sorted(a.keys() & b.keys())
+    both = _common_seeds(first, second)
     if not a or not b:
         return None
     if len(both) > 1 or a.keys() == b.keys():
@@ -205,13 +232,20 @@ def _group(runs: Sequence[Run], title: str) -> Group:
                 seeds[run.seed] = run
         members.append(tuple(seeds[seed] for seed in sorted(seeds)))
     ordinary = sorted((m for m in members if not m[0].freezes), key=lambda m: -m[0].total_steps)
-    full_runs = ordinary[0] if ordinary else None
+    # The ordinary run as long as those which freeze were asked to be; else the longest.
+    asked = next((m[0].asked_steps for m in members if m[0].freezes), None)
+    longest = ordinary[0] if ordinary else None
+    full_runs = next((m for m in ordinary if m[0].total_steps == asked), longest)
     full_steps = full_runs[0].total_steps if full_runs else None
     arms = [Arm(m, m[0].total_steps, full_steps) for m in ordinary]
-    for m in sorted((m for m in members if m[0].freezes), key=_order):
-        same_time = equal_time_steps(m, full_runs) if full_runs else None
+    full = next((arm for arm in arms if arm.runs is full_runs), None)
+    frozen = sorted((m for m in members if m[0].freezes), key=_order)
+    alike: dict[object, list[Run]] = {}
+    for m in frozen:
+        alike.setdefault(_cost(m[0]), []).extend(m)
+    for m in frozen:
+        same_time = equal_time_steps(alike[_cost(m[0])], full_runs) if full_runs else None
         arms.append(Arm(m, same_time, full_steps))
-    full = arms[0] if ordinary else None
     comparisons = tuple(_comparison(arm, arms, full) for arm in arms if arm.freezes)
     return Group(
         title=title,
@@ -220,7 +254,7 @@ def _group(runs: Sequence[Run], title: str) -> Group:
         arms=tuple(arms),
         full=full,
         comparisons=comparisons,
-        notes=(*notes, *_notes(arms, full)),
+        notes=(*notes, *_notes(arms, full), *_seed_notes(comparisons, full)),
     )
 
 
@@ -229,14 +263,20 @@ def _order(runs: Sequence[Run]) -> tuple[object, ...]:
     return run.strategy, run.values["t_0"], run.total_steps
 
 
+def _cost(run: Run) -> object:
+    """Equal for arms of the same cost: scaled or not, layers freeze at the same steps."""
+    return tuple((name, value) for name, value in run.arm if name != "scale_lr")
+
+
 def _comparison(arm: Arm, arms: Sequence[Arm], full: Arm | None) -> Comparison:
-    rivals = [other for other in arms if not other.freezes]
     rival = None
-    if arm.ordinary_steps is not None and rivals:
+    if arm.ordinary_steps is not None:
         steps = arm.ordinary_steps
-        rival = min(rivals, key=lambda other: abs(other.steps - steps))
-        if abs(rival.steps - steps) > _SAME_TIME * steps:
-            rival = None
+        rival = min(
+            (o for o in arms if not o.freezes and abs(o.steps - steps) <= _SAME_TIME * steps),
+            key=lambda o: (-len(_common_seeds(arm, o)), abs(o.steps - steps)),
+            default=None,
+        )
     to_rival = None if rival is None else difference(arm, rival)
     to_full = None if full is None else difference(arm, full)
     return Comparison(arm, rival, to_rival, to_full, _conclusion(arm, rival, to_rival))
@@ -244,8 +284,12 @@ def _comparison(arm: Arm, arms: Sequence[Arm], full: Arm | None) -> Comparison:
 
 def _conclusion(arm: Arm, rival: Arm | None, found: Difference | None) -> str:
     """What may be concluded about an arm, in two sentences."""
-    if arm.time_saved is None:
+    if arm.full_steps is None:
         return "There is no ordinary run to compare with, so neither time nor error can be judged."
+    if arm.time_saved is None:
+        return (
+            "It was made on other hardware than the ordinary runs, so the time it saved is unknown."
+        )
     share = abs(arm.time_saved)
     saves = f"It {'saves' if arm.time_saved >= 0 else 'costs'} {100 * share:.1f} %" + (
         " of the ordinary run's time. " if arm.time_saved >= 0 else " more time. "
@@ -307,8 +351,8 @@ def _notes(arms: Sequence[Arm], full: Arm | None) -> list[str]:
     hardware = sorted({run.hardware for arm in arms for run in arm.runs})
     if len(hardware) > 1:
         notes.append(
-            f"These runs were made on different hardware ({'; '.join(hardware)}): their times are "
-            "not comparable."
+            f"These runs were made on different hardware ({'; '.join(hardware)}): "
+            "times are compared on the same hardware only."
         )
     if full is None:
         notes.append(
@@ -328,10 +372,40 @@ def _notes(arms: Sequence[Arm], full: Arm | None) -> list[str]:
     return notes
 
 
+def _seed_notes(comparisons: Sequence[Comparison], full: Arm | None) -> list[str]:
+    """Which arms are compared over a part of their seeds, or of the other's."""
+    found: dict[tuple[str, tuple[int, ...]], list[str]] = {}
+    for comparison in comparisons:
+        arm, rival = comparison.arm, comparison.rival
+        for other in (rival, None if rival is full else full):
+            if other and other.errors and arm.errors and other.errors.keys() != arm.errors.keys():
+                key = other.label, tuple(_common_seeds(arm, other))
+                found.setdefault(key, []).append(arm.label)
+    return [
+        f"The seeds of {' and '.join(labels)} are not those of “{other}”: "
+        + (
+            f"differences to it are over those that both have, {', '.join(map(str, both))}."
+            if len(both) > 1
+            else f"both have {both[0] if both else 'none'}, so differences to it are of the means."
+        )
+        for (other, both), labels in found.items()
+    ]
+
+
+def _common_seeds(first: Arm, second: Arm) -> list[int]:
+    return sorted(first.errors.keys() & second.errors.keys())
+
+
 def _spread(full: Arm) -> float:
     """How much longer a step of the full-length run took in a slow epoch, the ninth of ten, than
-    in a fast one, the first of ten."""
-    seconds = [epoch.step_seconds for run in full.runs for epoch in run.epochs]
+    in a fast one, the first of ten, on the same hardware."""
+    return max(
+        _spread_of([e.step_seconds for r in full.runs if r.hardware == name for e in r.epochs])
+        for name in {run.hardware for run in full.runs}
+    )
+
+
+def _spread_of(seconds: Sequence[float]) -> float:
     if len(seconds) < 4:
         return 0.0
     tenths = quantiles(seconds, n=10, method="inclusive")
@@ -356,6 +430,8 @@ def _long_title(run: Run) -> str:
         f"error on {v['validate']}",
         "augmented" if v["augment"] else "not augmented",
     ]
+    if v["images"] is not None:
+        words.append(f"first {v['images']:,} images")
     return f"{_title(run)} ({', '.join(words)})"
 
 

@@ -38,7 +38,7 @@ def page(
             f'<section class="warning"><h2>Not used</h2><p>These runs are in no number and no '
             f"figure above.</p><ul>{items}</ul></section>"
         )
-    runs = sum(len(arm.runs) for group, _ in groups for arm in group.arms)
+    runs = len({run.path for group, _ in groups for arm in group.arms for run in arm.runs})
     return f"""<!doctype html>
 <html lang="en">
 <head>
@@ -54,7 +54,7 @@ def page(
 <p class="name">{escape(name)} · {runs} run{"s" * (runs != 1)}</p>
 <h1>Does freezing pay?</h1>
 <p class="lead">Freezing layers saves time, and so does training for fewer steps. Each run with
-FreezeOut is therefore compared with an ordinary run that takes no longer.</p>
+FreezeOut is therefore compared with an ordinary run that takes about as long (within 3 %).</p>
 </header>
 <main>
 {"".join(sections)}
@@ -82,7 +82,11 @@ def _group(group: Group, figures: Sequence[Shown], root: Path) -> str:
 
 def _verdicts(comparisons: Sequence[Comparison]) -> str:
     """A sentence for each arm; of many, for those that show something, and one for the rest."""
-    quiet = [c for c in comparisons if c.to_rival is None or c.to_rival.shows == "nothing"]
+    quiet = [
+        c
+        for c in comparisons
+        if c.to_rival is not None and c.to_rival.low is not None and c.to_rival.shows == "nothing"
+    ]
     told = [c for c in comparisons if c not in quiet] if len(quiet) > _MANY else comparisons
     items = [
         _verdict(c.to_rival.shows if c.to_rival else "nothing", c.arm.label, c.sentence)
@@ -131,8 +135,8 @@ def _row(arm: Arm, comparison: Comparison | None, rival_of: Sequence[str]) -> st
         str(len(arm.errors)),
         f"{arm.seconds:,.1f}" if arm.seconds < 1000 else f"{arm.seconds:,.0f}",
         "–" if not arm.time_saved else f"{100 * arm.time_saved:.1f} %".replace("-", "−"),
-        _difference(comparison.to_rival) if comparison else "",
-        _difference(comparison.to_full) if comparison else "",
+        _difference(comparison.to_rival, len(arm.errors)) if comparison else "",
+        _difference(comparison.to_full, len(arm.errors)) if comparison else "",
     ]
     values = "".join(f"<td>{cell}</td>" for cell in cells)
     kind = "freezes" if arm.freezes else "ordinary"
@@ -141,14 +145,16 @@ def _row(arm: Arm, comparison: Comparison | None, rival_of: Sequence[str]) -> st
     return f'<tr class="{kind}"><th scope="row">{name}</th>{values}</tr>'
 
 
-def _difference(found: Difference | None) -> str:
+def _difference(found: Difference | None, seeds: int) -> str:
+    """With the number of seeds that it is over, where the arm has another."""
     if found is None:
         return "–"
+    over = "" if found.n == seeds else f' <span class="over">n={found.n}</span>'
     if found.low is None or found.high is None:
-        return signed(found.mean)
+        return signed(found.mean) + over
     return (
         f'{signed(found.mean)} <span class="range">[{signed(found.low)}, {signed(found.high)}]'
-        "</span>"
+        f"</span>{over}"
     )
 
 
@@ -182,14 +188,16 @@ def _relative(path: Path, root: Path) -> Path:
 
 _METHOD = """
 <dl>
-<dt>Time saved</dt><dd>of the full-length ordinary run. The cost of a step is the median in each
-epoch, divided by the median step of the ordinary run of the same seed; over seeds the median is
-taken again. One slow run, or one slow hour, does not decide. For ordinary runs it is their
+<dt>Time saved</dt><dd>of the full-length ordinary run, which has as many steps as the FreezeOut run
+was asked for, or else is the longest. The cost of a step is the median in each epoch, divided by
+the median step of the ordinary run of the same seed and hardware; over seeds the median is taken
+again. One slow run, or one slow hour, does not decide. For ordinary runs it is their
 number of steps. Training seconds are the median of the runs' own totals, and may be disturbed.</dd>
 <dt>Ordinary run of its time</dt><dd>a run without freezing whose steps take as long as all of the
 FreezeOut run's, within 3 %. Its learning rate is annealed to zero over its own, shorter
 length.</dd>
-<dt>sd, n</dt><dd>the sample standard deviation over seeds, and how many.</dd>
+<dt>sd, n</dt><dd>the sample standard deviation over seeds, and how many. A difference over fewer of
+them has an n of its own.</dd>
 <dt>95 % interval</dt><dd>Student's t, over the differences between runs of the same seed where two
 or more seeds match, otherwise Welch's. It says how far seeds alone may move the difference; that
 other images or another machine would give the same is not in it.</dd>
@@ -235,7 +243,8 @@ tbody tr {{ border-top: 1px solid var(--rule); }}
 tbody th, thead tr:first-child th:first-child {{ text-align: left; }}
 tbody th {{ font-weight: 600; }}
 tr.ordinary th {{ font-weight: 400; }}
-.range {{ color: var(--muted); }}
+.range, .over {{ color: var(--muted); }}
+.over {{ font-size: .85em; }}
 .note {{ margin: 10px 0 0; color: var(--muted); font-size: 14px; }}
 .figures {{ display: grid; grid-template-columns: 1fr 1fr; gap: 20px; margin: 24px 0;
  grid-auto-flow: dense; }}
