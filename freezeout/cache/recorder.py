@@ -210,11 +210,11 @@ def check_draws(model: nn.Module, frozen: set[nn.Module], batch: Batch, real: Re
             raise Unservable(reason)
 
 
-class _Drawing(TorchDispatchMode):
+class _Drawing(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Whatever is drawn from torch's generators is the lowest number (0), or the highest (1)."""
 
     def __init__(self, value: int) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._value = value
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

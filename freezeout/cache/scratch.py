@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 
 from ..layers.trace import random_state_kept
 
@@ -33,7 +34,7 @@ def scratch(model: nn.Module) -> Iterator[None]:
                     # Norms change theirs without a new version; frozen ones keep the old.
                     if buffer is not None and kept is not None and not equal(buffer, kept):
                         # A backward pass that is still to come may have saved it.
-                        with torch.autograd._unsafe_preserve_version_counter(buffer):
+                        with _unsafe_preserve_version_counter(buffer):
                             buffer.copy_(kept)
 
 
