@@ -60,9 +60,9 @@ class Activations:
         """How this plan's tensors are stored. Unservable if they cannot be."""
         layout = Layout(plan, batch, self._dtype)
         known = self._layouts.setdefault(plan.depth, layout)
-        self.store.check_layout(plan.depth, layout.describe())
         if known.describe() != layout.describe():
             raise Unservable("what the frozen layers return has another shape than before")
+        self.store.check_layout(plan.depth, layout.describe())
 
     def begin(self, depth: int, batch: Batch, frozen: int) -> None:
         """Open the store for a depth, `frozen` layers being frozen. CacheError if it cannot be."""

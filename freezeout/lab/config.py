@@ -39,6 +39,8 @@ class TrainConfig:
     validate: str = "valid"
     """What the error is measured on: valid (the last 5,000 training images, kept out of
     training), test, or none."""
+    validate_every: int = 1
+    """Epochs between measurements of the error; it is always measured after the last."""
     augment: bool = True
     """Random crops, and flips where a mirror image keeps its meaning."""
     images: int | None = None
@@ -89,7 +91,7 @@ class TrainConfig:
 
     def check(self) -> None:
         """Raise InvalidValue or InvalidType for the first value that is not allowed."""
-        for name in ("epochs", "batch_size"):
+        for name in ("epochs", "batch_size", "validate_every"):
             whole_number(name, getattr(self, name))
         if whole_number("seed", self.seed, minimum=0) >= 2**63:
             raise InvalidValue(f"seed must be below 2**63, got {self.seed}")

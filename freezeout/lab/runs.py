@@ -26,7 +26,7 @@ CONFIG, METRICS, WEIGHTS, SAVINGS = (
 
 # What a network is trained on and how, and what a run is compared with: all but the arm (whether,
 # when and how layers freeze, and for how long the network is trained) and these.
-_NOT_COMPARED = ("seed", "out", "device", "data_dir", "tensorboard")
+_NOT_COMPARED = ("seed", "out", "device", "data_dir", "tensorboard", "validate_every")
 _PROBLEM = (
     "model",
     "depth",

@@ -73,6 +73,8 @@ class StudyOptions:
     """Random crops, and flips where a mirror image keeps its meaning."""
     validate: Annotated[str | None, _option("NAME", "valid")] = None
     """What the error is measured on: valid (training images kept apart), test, or none."""
+    validate_every: Annotated[int | None, _option("EPOCHS", "1")] = None
+    """Between measurements of the error; it is always measured after the last."""
     precision: Annotated[str | None, _option("NAME", "auto")] = None
     """fp32, bf16, or auto: bf16 where the device computes it natively."""
     data_dir: Annotated[Path | None, _option("FOLDER", "download once")] = None
@@ -93,6 +95,7 @@ _TRAIN = (
     "images",
     "augment",
     "validate",
+    "validate_every",
     "precision",
     "data_dir",
 )

@@ -221,7 +221,9 @@ class _Loop:
         with display:
             while self.epoch < self.epochs:
                 self.train_epoch(display)
-                heldout = job.evaluate(self.stop_if_asked)
+                is_due = (self.epoch + 1) % job.config.validate_every == 0
+                is_due |= self.epoch + 1 == self.epochs
+                heldout = job.evaluate(self.stop_if_asked) if is_due else None
                 self.rows.append(self.row(heldout))
                 self.epoch, self.batch, self.sums = self.epoch + 1, 0, Sums.empty(job.device)
                 self.save()

@@ -107,7 +107,7 @@ def test_a_damaged_file_is_noticed_and_computed_anew(reference: Path, tmp_path: 
             file.write(b"\x7f" * 64)
     ended = run_process("--resume", out)
     assert ended.status == 0
-    assert "some stored activations are damaged; they are computed anew" in ended.err
+    assert "some stored activations are damaged" in ended.err
     assert_close(out, reference)
 
 

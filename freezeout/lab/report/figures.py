@@ -132,7 +132,7 @@ def error_against_epochs(group: Group) -> Figure:
         ax.set(title=strategy, xlabel="epochs", xlim=(0, None))
         ax.tick_params(labelbottom=True)
         if ax.lines:
-            ax.legend(loc="upper right", handlelength=1.6)
+            ax.legend(loc="lower left", handlelength=1.6)
     for ax in axes[::columns]:
         ax.set_ylabel(f"{_error(group)}, %")
     if tops:
