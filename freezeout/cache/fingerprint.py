@@ -44,41 +44,45 @@ class Watch:
     """Whether the tensors of frozen layers are those that they were.
 
     A version counts changes in place, but for a norm's statistics (those of frozen ones do not
-    change) and for what is done through `.data`.
+    change) and for what is done through `.data`. A buffer may be another tensor after each pass.
     """
 
     def __init__(self, model: nn.Module, layers: Sequence[Layer]) -> None:
         self._model, self._layers = model, layers
         self.frozen = 0  # layers, at the last look
-        # Each tensor, where in the model it stands, and its place in memory.
-        self._seen: list[tuple[Mapping[str, Tensor | None], str, Tensor, int]] = []
+        self._tensors: list[Tensor] = []
+        # Each parameter, where in the model it stands, and its place in memory.
+        self._places: list[tuple[Mapping[str, Tensor | None], str, Tensor, int]] = []
         self._versions = 0
 
     def have_changed(self, frozen: int) -> bool:
         """Whether any has since the last look; `frozen`: how many layers are now."""
-        changed = self._versions != sum(tensor._version for _, _, tensor, _ in self._seen) or any(
-            home.get(name) is not tensor or tensor.data_ptr() != place
-            for home, name, tensor, place in self._seen
+        changed = self._versions != self._sum() or any(
+            home.get(name) is not parameter or parameter.data_ptr() != place
+            for home, name, parameter, place in self._places
         )
         if changed or frozen != self.frozen:
             self.frozen = frozen
-            self._seen = self._places()
-            self._versions = sum(tensor._version for _, _, tensor, _ in self._seen)
+            layers = self._layers[:frozen]
+            self._tensors = [
+                tensor
+                for layer in layers
+                for tensor in tensors_of(layer)
+                if not tensor.is_inference()  # it has no version
+            ]
+            parameters = {parameter for layer in layers for parameter in layer.parameters}
+            self._places = [
+                (module._parameters, name, parameter, parameter.data_ptr())
+                for module in self._model.modules()
+                for name, parameter in module._parameters.items()
+                if parameter is not None and parameter in parameters
+            ]
+            self._versions = self._sum()
         return changed
+
+    def _sum(self) -> int:
+        return sum(tensor._version for tensor in self._tensors)
 
     def forget(self) -> None:
         """What has been seen does not count any more."""
-        self.frozen, self._seen, self._versions = 0, [], 0
-
-    def _places(self) -> list[tuple[Mapping[str, Tensor | None], str, Tensor, int]]:
-        layers = self._layers[: self.frozen]
-        parameters = {parameter for layer in layers for parameter in layer.parameters}
-        frozen = {module for layer in layers for module in layer.modules}
-        return [
-            (home, name, tensor, tensor.data_ptr())
-            for module in self._model.modules()
-            for home in (module._parameters, module._buffers)
-            for name, tensor in home.items()
-            if tensor is not None
-            and (module in frozen if home is module._buffers else tensor in parameters)
-        ]
+        self.frozen, self._tensors, self._places, self._versions = 0, [], [], 0

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten_with_path, tree_unflatten
 
 from ..errors import InvalidType, InvalidValue
+from .placeholders import Unservable
 
 _LOOKED_AT = 2048  # words of 8 bytes of a sample that its checksum covers: all, or evenly spread
 _CHANNELS = 64  # of each token of a sequence that are looked at: all, or evenly spread
@@ -77,7 +78,8 @@ class Batch:
         return Batch(args, kwargs, len(index))
 
     def shared(self) -> tuple[Any, int]:
-        """The shapes of what all samples share, and a checksum of its values."""
+        """The shapes of what all samples share, and a checksum of its values. Unservable for a
+        sparse one."""
         tensors = [
             leaf.detach()
             for name, leaf, has_rows in zip(self._names, self._leaves, self._rows, strict=True)
@@ -85,8 +87,17 @@ class Batch:
         ]
         total = 0
         for tensor in tensors:
+            if tensor.layout is not torch.strided:
+                raise Unservable(f"an argument is a tensor of {tensor.layout}")
             total = hash((total, int(_row_sums(tensor.reshape(1, -1), None, 0))))
         return tuple(tuple(tensor.shape) for tensor in tensors), total
+
+    @property
+    def has_labels(self) -> bool:
+        return any(
+            has_rows and name in _LABELS
+            for name, has_rows in zip(self._names, self._rows, strict=True)
+        )
 
     def with_labels_turned(self) -> "Batch | None":
         """The same call, each sample with the label of another; None where nothing changes."""

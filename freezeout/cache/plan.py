@@ -80,6 +80,7 @@ class Plan:
         calls: what the rest of the model calls, in order; the last one's result is the frontier.
         modules: those that are called, each once.
         only_size: the number of samples it holds for; None: any.
+        labels_checked: whether it is known that frozen layers do not use the labels.
         draws: whether the model draws random numbers in front of the frontier (a drop rate of
             zero, say), so that a pass that stops there has to put the generators back.
     """
@@ -100,6 +101,7 @@ class Plan:
         self.modules = list(dict.fromkeys(call.module for call in self.calls))
         # The last call is this one of its module's.
         self._nth = sum(call.module is self.frontier.module for call in self.calls)
+        self.labels_checked = False
         self._made: dict[int, list[list[Tensor]]] = {}  # by number of samples
         self._next = 0
         self._given: Sequence[Tensor] = ()

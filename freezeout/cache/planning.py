@@ -42,7 +42,9 @@ def make_plan(
             real.record(batch, stop_after=len(sibling.calls))
         calls = _scaled(real.calls, sibling, batch.size)
         if calls is not None:
-            return _plan(model, layers, depth, calls, None, sibling.draws, placeholders)
+            plan = _plan(model, layers, depth, calls, None, sibling.draws, placeholders)
+            plan.labels_checked = sibling.labels_checked
+            return plan
         real = Recorder(model, frozen)
     _check_modules(model, frozen)
     with scratch(model):
@@ -58,12 +60,22 @@ def make_plan(
     calls = _specs(real.calls, few.calls, batch.size, only_size)
     plan = _plan(model, layers, depth, calls, only_size, real.draws, placeholders)
     check_plan(plan, model, batch, real.frontier, (real.output, real.drawn))
-    if (turned := batch.with_labels_turned()) is not None:
-        with scratch(model):
-            reached = plan.prefix(turned)
-        if not all(map(equal, reached, real.frontier)):  # labels are in no checksum
-            raise Unservable("the frozen layers use the labels")
+    check_labels(plan, model, batch)
     return plan
+
+
+def check_labels(plan: Plan, model: nn.Module, batch: Batch) -> None:
+    """Unservable if frozen layers use the labels, which are in no checksum. Where all of the
+    batch's labels are alike that cannot be told, and the plan stays to be checked."""
+    turned = batch.with_labels_turned()
+    plan.labels_checked |= not batch.has_labels
+    if turned is None or plan.labels_checked:
+        return
+    with scratch(model):
+        reached = [plan.prefix(each) for each in (batch, turned)]
+    if not all(map(equal, *reached)):
+        raise Unservable("the frozen layers use the labels")
+    plan.labels_checked = True
 
 
 def check_padding(plan: Plan, model: nn.Module, batch: Batch, frontier: Sequence[Tensor]) -> None:

@@ -25,7 +25,7 @@ from .fold import FoldedPrefix
 from .inputs import Batch, check_ids
 from .placeholders import Placeholders, Unservable, reason_of
 from .plan import Plan
-from .planning import check_padding, check_plan, make_plan
+from .planning import check_labels, check_padding, check_plan, make_plan
 from .scratch import close, scratch
 from .stats import CacheStats
 from .store import Keys
@@ -148,9 +148,10 @@ class PrefixCache:
         if frozen < self._watch.frozen:
             self._watch.forget()
             self._reset()  # an earlier state was loaded: what freezes next has other weights
-        if self._fold is not None:  # folded copies serve also where nothing is kept
+        is_plain = keys is None or self.off is not None or not frozen
+        if not is_plain or self._fold is not None:  # folded copies serve where nothing is kept, too
             self._check_weights(frozen)
-        if keys is None or self.off is not None or not frozen:
+        if keys is None or is_plain:
             return self._plain(args, kwargs, len(numbers))
         batch = Batch(args, kwargs, len(numbers))
         try:
@@ -195,7 +196,6 @@ class PrefixCache:
     def _plan_for(self, batch: Batch) -> Plan | None:
         """For the deepest frontier that can be served; None if there is none."""
         frozen = self.freezer.num_frozen
-        self._check_weights(frozen)
         if not batch.has_rows:
             raise Unservable("no argument has a row for each id")
         if batch.left_padded:
@@ -230,7 +230,7 @@ class PrefixCache:
         kind, family = (depth, modes, batch.kind), (depth, modes, batch.family)
         plan = self._plans.get(kind)
         if plan is not None and plan.only_size in (None, batch.size):
-            return plan
+            return plan if self._is_without_labels(plan, batch) else None
         begin = time.perf_counter()
         sibling = self._plans.get(family)
         if sibling is not None and sibling.only_size is not None:
@@ -250,6 +250,17 @@ class PrefixCache:
             self._plans.setdefault(family, plan)
         return plan
 
+    def _is_without_labels(self, plan: Plan, batch: Batch) -> bool:
+        """Whether frozen layers leave labels alone, as far as seen; refused if they do not."""
+        if plan.labels_checked:
+            return True
+        try:
+            check_labels(plan, self._model, batch)
+        except Unservable as refusal:
+            self._refuse(plan.depth, batch, str(refusal))
+            return False
+        return True
+
     def _refuse(self, depth: int, batch: Batch, reason: str) -> None:
         self._refused[depth, batch.family] = reason
         layer = self.freezer.layers[depth - 1].name
@@ -262,7 +273,7 @@ class PrefixCache:
     def _check_shared(self, batch: Batch) -> None:
         """What is stored depends on arguments that all samples share, too."""
         shapes, values = batch.shared()
-        if self._shared.setdefault(shapes, values) != values:
+        if self._shared.get(shapes, values) != values:
             raise Unservable(
                 "an argument that is the same for all samples has another value than when "
                 "activations were stored"
@@ -290,6 +301,7 @@ class PrefixCache:
         except CacheError as error:
             self._turn_off(str(error))
             return self._plain(batch.args, batch.kwargs, batch.size)
+        self._shared.setdefault(*batch.shared())
         inputs = batch.checksums()
         while True:
             try:

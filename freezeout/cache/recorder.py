@@ -201,7 +201,7 @@ def check_draws(model: nn.Module, frozen: set[nn.Module], batch: Batch, real: Re
     for value in (0, 1):
         again = Recorder(model, frozen)
         try:
-            with scratch(model), torch.no_grad(), _uncompiled(), _Drawing(value):
+            with scratch(model), torch.no_grad(), _uncompiled(), _Drawing(model, value):
                 again.record(batch, stop_after=len(real.calls))
         except Exception as error:
             raise Unservable(reason) from error
@@ -213,13 +213,16 @@ def check_draws(model: nn.Module, frozen: set[nn.Module], batch: Batch, real: Re
 class _Drawing(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Whatever is drawn from torch's generators is the lowest number (0), or the highest (1)."""
 
-    def __init__(self, value: int) -> None:
+    def __init__(self, model: nn.Module, value: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._value = value
+        self._model, self._value = model, value
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if torch.Tag.nondeterministic_seeded not in func.tags:
+            return func(*args, **(kwargs or {}))
+        before = generators(self._model)
         out = func(*args, **(kwargs or {}))
-        if torch.Tag.nondeterministic_seeded in func.tags:
+        if generators(self._model) != before:  # attention without dropout draws nothing
             for tensor in tree_leaves(out):
                 if isinstance(tensor, Tensor):
                     # Uniform numbers are below 1.

@@ -28,6 +28,8 @@ from .ranks import Ranks, launched
 from .run_folder import RunFolder, resume_command
 from .signals import stop_signals
 
+_THEN = "; then "  # between the hardware that a run was begun on, and that it went on with
+
 
 class Stopped(FreezeOutError):
     """The run was asked to stop, by Ctrl-C or SIGTERM, and has saved where it stands."""
@@ -88,7 +90,16 @@ def resume(path: Path, *, device: str | None = None, data_dir: Path | None = Non
                     return path
                 # A kill may have come between the checkpoint and the metrics.
                 ranks.first(loop.write_results)
+            ranks.first(lambda: _note_hardware(folder, hardware(job.device)))
             return loop.run()
+
+
+def _note_hardware(folder: RunFolder, now: str) -> None:
+    """Times are compared with those of runs made on the same."""
+    saved = folder.read_config()
+    before = str(saved.get("hardware"))
+    if now not in before.split(_THEN):
+        folder.write_config({**saved, "hardware": before + _THEN + now})
 
 
 def _configuration(

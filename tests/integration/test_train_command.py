@@ -266,6 +266,18 @@ def test_a_run_of_so_many_steps_ends_within_an_epoch(alone: Path, capsys: Captur
     assert resolved["total_steps"] == STEPS_PER_EPOCH + 7
 
 
+def test_the_error_is_measured_as_often_as_asked_and_at_the_end(
+    alone: Path, capsys: Capture
+) -> None:
+    words = options(epochs=3, validate_every=2, out=alone / "run")
+    assert run_here(capsys, *words).status == 0
+    rows, every = read_rows(alone / "run"), options(epochs=3, out=alone / "every")
+    assert [row["valid_error"] is None for row in rows] == [True, False, False]
+    assert run_here(capsys, *every).status == 0
+    expected = [row["valid_error"] for row in read_rows(alone / "every")]
+    assert [row["valid_error"] for row in rows[1:]] == expected[1:]  # training is the same
+
+
 def test_constant_time_adds_epochs_until_the_predicted_time_is_the_baselines(
     alone: Path, capsys: Capture, monkeypatch: Patch
 ) -> None:
@@ -531,6 +543,7 @@ def test_the_way_to_go_on_can_be_pasted_into_a_shell(
         ({"device": ""}, "device '' is not there; this machine has cpu"),
         ({"epochs": 0}, "epochs must be at least 1, got 0"),
         ({"epochs": -3}, "epochs must be at least 1, got -3"),
+        ({"validate_every": 0}, "validate_every must be at least 1, got 0"),
         ({"steps": 0}, "steps must be at least 1, got 0"),
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
         ({"batch_size": -1}, "batch_size must be at least 1, got -1"),

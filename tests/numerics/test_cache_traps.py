@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import relu
+from torch.nn.functional import relu, scaled_dot_product_attention
 
 from freezeout import FreezeOut, PrefixCache, Schedule
 from freezeout.cache.depths import Depths
@@ -217,6 +217,46 @@ def test_labels_that_frozen_layers_use_are_inputs() -> None:
             served = cache(x, labels=turned, ids=range(6))
         assert torch.equal(served, model(x, labels=turned))
     assert any("use the labels" in reason for reason in cache.refusals)
+
+
+def test_a_first_batch_of_one_label_shows_nothing_and_is_not_believed() -> None:
+    torch.manual_seed(0)
+    model, x = Labelled(), torch.randn(6, 5)
+    ones, labels = torch.ones(6, dtype=torch.int64), torch.arange(6) % CLASSES
+    cache = PrefixCache(frozen(model, (x, labels)), 12, budget=10**6, depths=[2])
+    for _ in range(3):
+        assert torch.equal(cache(x, labels=ones, ids=range(6)), model(x, labels=ones))
+    assert cache.stats.hits == 12
+    with pytest.warns(UserWarning, match="use the labels"):
+        served = cache(x, labels=labels, ids=range(6))
+    assert torch.equal(served, model(x, labels=labels))
+
+
+class Attends(nn.Module):
+    """Attention in a frozen layer, which torch tags as drawing, and a drop rate of zero."""
+
+    class Block(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            x = super().forward(x)[:, None, None]
+            return scaled_dot_product_attention(x, x, x).flatten(1)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.middle, self.head = self.Block(5, 5), nn.Linear(5, 5), nn.Linear(5, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training and torch.rand(()) < 0:
+            x = 0 * x
+        return self.head(relu(self.middle(self.stem(x))))  # type: ignore[no-any-return]
+
+
+def test_attention_is_not_taken_for_a_draw() -> None:
+    reference, run = Run(Attends, vectors).steps(None), Run(Attends, vectors)
+    cache = run.cache()
+    run.steps(cache)
+    assert same(run, reference)
+    assert cache.refusals == []
+    assert cache.stats.hits > 0
 
 
 class Scaled(nn.Module):

@@ -12,6 +12,7 @@ from freezeout.cli import main
 from freezeout.errors import FreezeOutError, InvalidValue
 from freezeout.lab import sweep
 from freezeout.lab.config import TrainConfig
+from freezeout.lab.runs import read_run
 from freezeout.lab.strategy import Strategy
 from freezeout.lab.study import (
     PRESETS,
@@ -330,3 +331,14 @@ def test_a_run_goes_on_on_its_slots_device_with_the_sweeps_data(
     # What its checkpoints are compared with stays.
     *_, identity = train._configuration(run, "cpu", tmp_path)
     assert (identity["device"], identity["data_dir"]) == ("cuda:7", "gone")
+
+
+def test_a_run_that_goes_on_elsewhere_is_of_both_machines(tmp_path: Path) -> None:
+    """So its steps are not set against those of either."""
+    from freezeout.lab import train
+    from freezeout.lab.run_folder import RunFolder
+
+    run = write_run(tmp_path / "run", hardware="slow")
+    for now in ("slow", "fast", "fast", "slow"):
+        train._note_hardware(RunFolder(run), now)
+    assert read_run(run).hardware == "slow; then fast"
