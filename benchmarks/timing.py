@@ -16,11 +16,12 @@ def interleaved(
     device: torch.device | None = None,
 ) -> dict[str, float]:
     """Median seconds of each function, called in turn, so that a machine whose speed drifts
-    slows all of them alike; the first `warmup` rounds do not count."""
+    slows all of them alike, and in the other order in every other round, since what ran before
+    leaves its data in the processor's cache; the first `warmup` rounds do not count."""
     seconds: dict[str, list[float]] = {name: [] for name in functions}
-    for _ in range(warmup + rounds):
-        for name, function in functions.items():
-            seconds[name].append(timed(function, device))
+    for number in range(warmup + rounds):
+        for name in list(functions)[:: 1 if number % 2 else -1]:
+            seconds[name].append(timed(functions[name], device))
     return {name: median(times[warmup:]) for name, times in seconds.items()}
 
 
