@@ -1,4 +1,4 @@
-"""Fingerprints of frozen weights."""
+"""Whether frozen weights are those that they were: in another process, and in this one."""
 
 import hashlib
 from collections.abc import Mapping, Sequence

@@ -1,5 +1,6 @@
 """One batch as the model takes it: its samples, how to cut it, and a checksum of each sample."""
 
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -77,6 +78,7 @@ class Batch:
         args, kwargs = tree_unflatten(leaves, self._tree)
         return Batch(args, kwargs, len(index))
 
+    @cached_property
     def shared(self) -> tuple[Any, int]:
         """The shapes of what all samples share, and a checksum of its values. Unservable for a
         sparse one."""
@@ -112,16 +114,16 @@ class Batch:
 
     def with_other_padding(self) -> "Batch":
         """The same call, other values in the padding: those of each sample's first token."""
+        assert self.lengths is not None
         leaves = list(self._leaves)
+        outside = torch.arange(self.time)[None] >= self.lengths[:, None]  # (B, T)
         for i, (name, leaf, has_rows) in enumerate(
             zip(self._names, self._leaves, self._rows, strict=True)
         ):
             is_sequence = has_rows and leaf.ndim > 1 and leaf.shape[1] == self.time
-            if is_sequence and "mask" not in name and name not in _LABELS and self.is_padded:
-                assert self.lengths is not None
-                outside = torch.arange(self.time)[None] >= self.lengths[:, None]
-                outside = outside.to(leaf.device).reshape(*outside.shape, *[1] * (leaf.ndim - 2))
-                leaves[i] = torch.where(outside, leaf[:, :1], leaf)
+            if is_sequence and "mask" not in name and name not in _LABELS:
+                where = outside.to(leaf.device).reshape(*outside.shape, *[1] * (leaf.ndim - 2))
+                leaves[i] = torch.where(where, leaf[:, :1], leaf)
         return self._with(leaves)
 
     def _with(self, leaves: list[Any]) -> "Batch":

@@ -272,7 +272,7 @@ class PrefixCache:
 
     def _check_shared(self, batch: Batch) -> None:
         """What is stored depends on arguments that all samples share, too."""
-        shapes, values = batch.shared()
+        shapes, values = batch.shared
         if self._shared.get(shapes, values) != values:
             raise Unservable(
                 "an argument that is the same for all samples has another value than when "
@@ -301,7 +301,7 @@ class PrefixCache:
         except CacheError as error:
             self._turn_off(str(error))
             return self._plain(batch.args, batch.kwargs, batch.size)
-        self._shared.setdefault(*batch.shared())
+        self._shared.setdefault(*batch.shared)
         inputs = batch.checksums()
         while True:
             try:

@@ -163,6 +163,12 @@ class TrainConfig:
         return {k: str(v) if isinstance(v, Path) else v for k, v in asdict(self).items()}
 
     @classmethod
+    def completed(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """What `to_json` of an older version wrote, with the options that it lacks: its runs did
+        what these do by default."""
+        return {**cls().to_json(), **values}
+
+    @classmethod
     def from_json(cls, values: dict[str, Any]) -> "TrainConfig":
         """The configuration that `to_json` wrote. CheckpointError if it is another's."""
         names = {field.name for field in fields(cls)}

@@ -204,11 +204,9 @@ def read_run(path: Path) -> Run:
         raise CheckpointError(f"{path / CONFIG} holds no configuration")
     try:
         values, resolved = saved["config"], saved["resolved"]
-        # A run of an older version did what the options that it lacks do by default.
-        values = {**TrainConfig().to_json(), **values}
         run = Run(
             path=path,
-            values=_checked(values),
+            values=_checked(TrainConfig.completed(values)),
             total_steps=int(resolved["total_steps"]),
             precision=encodable(str(resolved["precision"])),
             hardware=_hardware(saved),

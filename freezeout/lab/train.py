@@ -113,7 +113,7 @@ def _configuration(
         resolved, values = saved["resolved"], saved["config"]
         epochs = whole_number("epochs", resolved["epochs"])
         prediction = Prediction.from_json(resolved["prediction"])
-        asked = TrainConfig.from_json(values)
+        asked = TrainConfig.from_json(TrainConfig.completed(values))
         config = replace(
             asked,
             out=path,

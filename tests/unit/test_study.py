@@ -342,3 +342,15 @@ def test_a_run_that_goes_on_elsewhere_is_of_both_machines(tmp_path: Path) -> Non
     for now in ("slow", "fast", "fast", "slow"):
         train._note_hardware(RunFolder(run), now)
     assert read_run(run).hardware == "slow; then fast"
+
+
+def test_a_run_that_was_begun_before_an_option_was_there_goes_on(tmp_path: Path) -> None:
+    from freezeout.lab import train
+
+    run = write_run(tmp_path / "run", validate_every=7)
+    saved = json.loads((run / "config.json").read_text())
+    del saved["config"]["validate_every"]
+    (run / "config.json").write_text(json.dumps(saved))
+    config, _, _, identity = train._configuration(run, None, None)
+    assert (config.validate_every, read_run(run).values["validate_every"]) == (1, 1)
+    assert "validate_every" not in identity  # as in its checkpoints
