@@ -13,6 +13,9 @@ PRECISIONS = ("auto", "fp32", "bf16")
 CACHE_DTYPES = ("auto", "fp32", "bf16", "fp16")
 VIEWS = 4
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+# Options that a run may have been begun without, and what it did. Without another, a
+# configuration is damaged: a default in its place would train something else.
+_ADDED_LATER = {"validate_every": 1}
 
 
 @dataclass(frozen=True)
@@ -164,9 +167,8 @@ class TrainConfig:
 
     @classmethod
     def completed(cls, values: dict[str, Any]) -> dict[str, Any]:
-        """What `to_json` of an older version wrote, with the options that it lacks: its runs did
-        what these do by default."""
-        return {**cls().to_json(), **values}
+        """What `to_json` of an older version wrote, with the options that came after it."""
+        return {**_ADDED_LATER, **values}
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "TrainConfig":
