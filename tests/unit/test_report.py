@@ -1,5 +1,6 @@
 """The report: what it compares, what it concludes, what it leaves out, and the page."""
 
+import itertools
 import json
 import math
 import os
@@ -16,13 +17,19 @@ from typing import Any
 from xml.etree import ElementTree
 
 import pytest
+from matplotlib.text import Text
 from scipy import stats
 
 from freezeout.cli import main
 from freezeout.errors import DataError
 from freezeout.lab.report import style, write_report
 from freezeout.lab.report.compare import Comparison, Group, difference, group_runs
-from freezeout.lab.report.figures import schedule_curves, timeline
+from freezeout.lab.report.figures import (
+    draw_settings,
+    error_against_epochs,
+    schedule_curves,
+    timeline,
+)
 from freezeout.lab.runs import find_run_folders, read_run
 from freezeout.schedule import Schedule
 from tests import reference
@@ -654,6 +661,27 @@ def test_cached_arms_are_told_apart_by_name(tmp_path: Path) -> None:
     lowest = timeline(group).axes[-1]
     assert lowest.get_ylim()[1] >= 30
     assert lowest.get_ylim()[0] == 0
+
+
+@pytest.mark.parametrize("views", [(1, 2, 4, 8), (1, 2)])
+def test_titles_of_panels_beside_each_other_do_not_touch(
+    tmp_path: Path, views: tuple[int, ...]
+) -> None:
+    write_run(tmp_path / "full", freezeout=False)
+    write_run(tmp_path / "plain")
+    for count in views:
+        write_run(tmp_path / str(count), cache="auto", views=count)
+    (group,) = groups(tmp_path)
+    for draw in (timeline, error_against_epochs):
+        with draw_settings():
+            figure = draw(group)
+            figure.canvas.draw()
+            texts = figure.findobj(Text)
+            titles = [text for text in texts if text.get_text().startswith("cubic scaled")]
+            boxes = [title.get_window_extent() for title in titles]
+        assert len(boxes) == 1 + len(views)
+        assert all(box.x1 < figure.bbox.x1 for box in boxes)
+        assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
 
 
 @pytest.mark.usefixtures("undrawn")

@@ -1,5 +1,6 @@
 """The report's figures. Each function draws one and returns it; `style.save` writes it."""
 
+import textwrap
 from collections.abc import Sequence
 from statistics import mean
 from typing import Any
@@ -129,7 +130,7 @@ def error_against_epochs(group: Group) -> Figure:
                     "linewidth": 1.2,
                 }
                 draw(ax, rival, **look, label="ordinary, its time" if arm is arms[0] else None)
-        ax.set(title=strategy, xlabel="epochs", xlim=(0, None))
+        ax.set(title=_filled(strategy, figure, columns), xlabel="epochs", xlim=(0, None))
         ax.tick_params(labelbottom=True)
         if ax.lines:
             ax.legend(loc="lower left", handlelength=1.6)
@@ -206,7 +207,7 @@ def timeline(group: Group) -> Figure:
             above.plot([0, *x], [0, *frozen], drawstyle="steps-post", **look)
             x, seconds = _of_epochs(arm, scale, "step_seconds")
             below.plot(x, seconds, **look)
-        above.set(title=strategy, xlim=(0, None))
+        above.set(title=_filled(strategy, figure, columns), xlim=(0, None))
         below.set(xlabel="epochs", xlim=above.get_xlim())
         if below.lines:  # there is room below the curves: a step without backward takes a third
             columns_of_it = 2 if len(below.lines) > 3 else 1
@@ -283,6 +284,11 @@ def _panels(
     sharey: Any = {"all": True, "row": "row", "none": False}[share]
     axes = figure.subplots(rows, columns, squeeze=False, sharex=share == "all", sharey=sharey)
     return figure, list(axes.flat)
+
+
+def _filled(title: str, figure: Figure, columns: int) -> str:
+    """In lines that are no longer than a panel is wide; an inch takes 12 letters."""
+    return textwrap.fill(title, max(1, int(12 * figure.get_figwidth() / columns)))
 
 
 def _hide_unused(axes: Sequence[Any], used: int) -> None:
