@@ -39,7 +39,7 @@ def measure(name: str, config: TrainConfig, share: float, rounds: int) -> None:
     cache = PrefixCache(freezer, BATCHES * config.batch_size, depths=[depth])
     stream = job.batches(0, 0)
     data = [next(stream)[:2] for _ in range(BATCHES)]
-    suffix = _suffix(model, freezer, depth)
+    prefix, suffix = halves(model, freezer, depth)
     turn = 0
 
     def step(call: Callable[[Tensor, Tensor], Tensor], inputs: list[Tensor]) -> None:
@@ -57,8 +57,6 @@ def measure(name: str, config: TrainConfig, share: float, rounds: int) -> None:
     for _ in range(2 * BATCHES):  # stored, then compared with the real forward pass
         step(lambda x, ids: cache(x, ids=ids), images)
     activations = []
-    trained = set(suffix)
-    prefix = nn.Sequential(*[child for child in model.children() if child not in trained])
     for x in images:
         with torch.no_grad(), job.autocast():
             activations.append(prefix(x))
@@ -89,10 +87,12 @@ def _with_ids(call: Callable[[Tensor, Tensor], Tensor], ids: Tensor) -> Callable
     return lambda x: call(x, ids)
 
 
-def _suffix(model: nn.Module, freezer: FreezeOut, depth: int) -> nn.Sequential:
-    """The network without its first layers, on the same weights."""
+def halves(model: nn.Module, freezer: FreezeOut, depth: int) -> tuple[nn.Module, nn.Module]:
+    """The network's first layers and the others, on the same weights."""
     frozen = {m for layer in freezer.layers[:depth] for m in layer.modules}
-    return nn.Sequential(*[child for child in model.children() if child not in frozen])
+    children = list(model.children())
+    first = [child for child in children if child in frozen]
+    return nn.Sequential(*first), nn.Sequential(*[c for c in children if c not in frozen])
 
 
 def main() -> None:

@@ -115,8 +115,8 @@ class Activations:
         if not self._writes:
             return np.zeros(batch.size, bool)
         layout, lengths = self._layouts[depth], _lengths(batch)
-        needed = [layout.bytes_of(length) for length in lengths]
-        room = [self._depths.record_bytes(length) for length in lengths]
+        sizes = {n: (layout.bytes_of(n), self._depths.record_bytes(n)) for n in set(lengths)}
+        needed, room = zip(*(sizes[length] for length in lengths), strict=True)
         fits = self.store.set_aside(keys, needed, room)
         held[self.store.depths(keys) == 0] = 0  # their room was too small
         if not fits.all():

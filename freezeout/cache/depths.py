@@ -51,6 +51,10 @@ class Depths:
         """Measure sizes and times of this batch, and choose for this store. Returns why none was
         chosen, if none was."""
         freezer = self._freezer
+        is_open = self.chosen is None and self._asked == "auto"
+        if is_open and max(self._visits(batch, store)[1:], default=0) <= 1:
+            self.chosen = frozenset()  # nothing has to be measured
+            return "samples do not come back once layers are frozen"
         self._time = batch.time if batch.lengths is not None else 0
         self._survey = survey(freezer.model, freezer.layers, batch, store.serve_on)
         if self.chosen is not None:
@@ -73,17 +77,22 @@ class Depths:
 
     def _paying(self, batch: Batch, sizes: list[int | None], store: Store) -> list[int]:
         assert self._survey is not None
-        freezer, keys = self._freezer, len(store.index)
+        keys = len(store.index)
         folder = store.path if isinstance(store, FileStore) else None
         measured = {
             size: measure_reading(size, batch.size, store.serve_on, folder, size * keys)
             for size in {s for s in sizes if s}
         }
         costs = [measured[size] if size else None for size in sizes]
-        starts = [max(freezer.step_count, end) for end in (0, *freezer.freeze_steps)]
-        visits = [(freezer.total_steps - start) * batch.size / keys for start in starts]
+        visits = self._visits(batch, store)
         batches = keys / batch.size
-        return best_depths(self._survey.seconds, costs, visits[: len(sizes)], batches)
+        return best_depths(self._survey.seconds, costs, visits, batches)
+
+    def _visits(self, batch: Batch, store: Store) -> list[float]:
+        """How often each key is seen once the first 0 ... n - 1 layers are frozen."""
+        freezer = self._freezer
+        starts = [max(freezer.step_count, end) for end in (0, *freezer.freeze_steps[:-1])]
+        return [(freezer.total_steps - start) * batch.size / len(store.index) for start in starts]
 
     @property
     def reached(self) -> list[int]:

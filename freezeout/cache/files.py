@@ -33,7 +33,7 @@ except ImportError:  # not a POSIX system: two processes are not kept apart
 
 RECORDS, INDEX_FILE, HEADER = "activations.bin", "index.bin", "cache.json"
 _FILES = {RECORDS, INDEX_FILE, HEADER, temporary_name(Path(HEADER)).name, "lock"}
-_VERSION = 2
+_VERSION = 3
 
 
 class Damaged(Exception):

@@ -414,33 +414,38 @@ class PrefixCache:
     ) -> Any:
         """Samples that stand at different depths: each group is brought to the frontier by
         itself, then all are served."""
-        parts: list[Tensor] = []
+        activations, depth = self._activations, plan.depth
+        places: list[Any] = []
         pieces: list[list[Tensor]] = []
-        for start in sorted(set(held.tolist())):
+        for start in sorted(set(held.tolist()) - {depth}):
             rows = np.flatnonzero(held == start)
-            group, few = batch.rows(rows), keys[rows]
-            if start == plan.depth:
-                self.stats.hits += len(rows)
-                tensors = self._activations.read(plan.depth, group, few)
+            more = _padded(rows, batch.size)
+            group, few = batch.rows(more), keys[more]
+            before, given = self._earlier(int(start), group, few)
+            try:
+                with self._folding(plan, before):
+                    tensors = plan.prefix(group, before, given)
+            except Exception as error:
+                raise self._failed(error) from error
+            tensors = self._keep(depth, group, few, inputs[more], fits[more], tensors)
+            if before is None:
+                self.stats.misses += len(rows)
             else:
-                before, given = self._earlier(int(start), group, few)
-                try:
-                    with self._folding(plan, before):
-                        tensors = plan.prefix(group, before, given)
-                except Exception as error:
-                    raise self._failed(error) from error
-                tensors = self._keep(plan.depth, group, few, inputs[rows], fits[rows], tensors)
-                if before is None:
-                    self.stats.misses += len(rows)
-                else:
-                    self.stats.advanced += len(rows)
-            parts.append(torch.from_numpy(rows))
-            pieces.append(tensors)
-        order = torch.cat(parts).argsort().to(self._device)
-        joined = [torch.cat(same).index_select(0, order) for same in zip(*pieces, strict=True)]
+                self.stats.advanced += len(rows)
+            places.append(rows)
+            pieces.append([tensor[: len(rows)] for tensor in tensors])
         if self.off is not None:  # one of them is too large to be stored
             return self._plain(batch.args, batch.kwargs, batch.size)
-        return self._serve(plan, batch, self._activations.as_read(plan.depth, batch, joined))
+        rows = np.flatnonzero(held == depth)
+        self.stats.hits += len(rows)
+        if (activations.store.depths(keys) == depth).all():
+            return self._serve(plan, batch, activations.read(depth, batch, keys))
+        if len(rows):
+            places.append(rows)
+            pieces.append(activations.read(depth, batch.rows(rows), keys[rows]))
+        order = torch.from_numpy(np.concatenate(places).argsort()).to(self._device)
+        joined = [torch.cat(same).index_select(0, order) for same in zip(*pieces, strict=True)]
+        return self._serve(plan, batch, activations.as_read(depth, batch, joined))
 
     def _keep(
         self, depth: int, batch: Batch, keys: Keys, inputs: Any, fits: Any, tensors: list[Tensor]
@@ -532,6 +537,14 @@ class PrefixCache:
         self._depths.load_state_dict(state)
         if self._depths.chosen == frozenset():
             self.off = "it was decided before that it would save nothing"
+
+
+def _padded(rows: Any, size: int) -> Any:
+    """Places in a batch of that size, the last one repeated until their number is a multiple of
+    an eighth of it: kernels are prepared anew for each number of samples."""
+    step = -(-size // 8)
+    missing = min(-len(rows) % step, size - len(rows))
+    return np.pad(rows, (0, missing), mode="edge")
 
 
 def _near(one: Tensor, other: Tensor) -> bool:

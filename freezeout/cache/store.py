@@ -90,9 +90,11 @@ class Store:
     def set_aside(self, keys: Keys, needed: Sequence[int], room: Sequence[int]) -> Any:
         """Whether each key has room for the bytes it needs, which may be set aside now; `room`:
         what to set aside, so that later records fit as well."""
-        index, fits = self.index, np.zeros(len(keys), bool)
-        for i, key in enumerate(keys):
-            if index["offset"][key] >= 0 and index["room"][key] >= needed[i]:
+        index = self.index
+        fits = (index["offset"][keys] >= 0) & (index["room"][keys] >= np.asarray(needed))
+        for i in np.flatnonzero(~fits).tolist():
+            key = keys[i]
+            if index["offset"][key] >= 0 and index["room"][key] >= needed[i]:  # it came before
                 fits[i] = True
                 continue
             size = -(-max(room[i], needed[i]) // ALIGNMENT) * ALIGNMENT
@@ -119,7 +121,9 @@ class Store:
         count = rows.shape[1]
         offsets = self.index["offset"][keys]
         room = self._common_room(keys, offsets)
-        if room is not None:
+        if room is not None and self.device.type == "cpu":  # where index_copy_ is slow on bytes
+            self._by_room(room)[:, :count].numpy()[offsets // room] = rows.cpu().numpy()
+        elif room is not None:
             self._by_room(room)[:, :count].index_copy_(
                 0, self._numbers(offsets // room), rows.to(self.device)
             )

@@ -306,6 +306,36 @@ def test_checksums_cover_every_pixel_of_a_small_image() -> None:
         assert list(Batch((changed,), {}, 2).checksums() == expected) == [True, False]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_checksums_notice_signs(dtype: torch.dtype) -> None:
+    """The highest bits, which carry into none: equal changes of two must not cancel out."""
+    x = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0)).to(dtype)
+    sums = {int(Batch((x,), {}, 1).checksums()[0]), int(Batch((-x,), {}, 1).checksums()[0])}
+    for first in range(0, 64, 2):
+        changed = x.clone()
+        changed.view(-1)[first : first + 2] *= -1
+        sums.add(int(Batch((changed,), {}, 1).checksums()[0]))
+    assert len(sums) == 2 + 32
+
+
+@pytest.mark.parametrize("size", [32, 224])
+def test_checksums_do_not_depend_on_the_layout_in_memory(size: int) -> None:
+    x = torch.randn(3, 3, size, size, generator=torch.Generator().manual_seed(0))
+    last = x.contiguous(memory_format=torch.channels_last)
+    expected = Batch((x,), {}, 3).checksums().tolist()
+    assert Batch((last,), {}, 3).checksums().tolist() == expected
+
+
+def test_checksums_of_large_images_look_everywhere() -> None:
+    x = torch.randn(1, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+    expected = Batch((x,), {}, 1).checksums()
+    for channel in range(3):
+        for corner in range(0, 224, 16):
+            changed = x.clone()
+            changed[0, channel, corner : corner + 16, 224 - 16 - corner : 224 - corner] += 1
+            assert Batch((changed,), {}, 1).checksums() != expected
+
+
 def test_checksums_leave_padding_and_labels_out() -> None:
     tokens = torch.tensor([[5, 6, 7, 0], [8, 9, 0, 0]])
     mask = (tokens > 0).long()
