@@ -30,7 +30,7 @@ from .timing import environment
 WRN = TrainConfig(model="wrn", depth=16, widen_factor=1, dataset="cifar10", cache="auto")
 DENSENET = replace(WRN, model="densenet", depth=22, widen_factor=None, images=2000)
 PAYING = {
-    "60 epochs, 5,000 images, 1 view": replace(WRN, epochs=60, images=5000, views=1),
+    "100 epochs, 3,000 images, 1 view": replace(WRN, epochs=100, images=3000, views=1),
     "30 epochs, 10,000 images, 1 view": replace(WRN, epochs=30, images=10000, views=1),
 }
 HARDLY = replace(WRN, epochs=30, images=5000, views=8)
@@ -103,7 +103,7 @@ def compare(name: str, arms: dict[str, Arm]) -> dict[str, float]:
     times = ", ".join(f"{label} {each:.1f} s" for label, each in seconds.items())
     cached = arms["cached"].cached
     assert cached is not None
-    print(f"{name}, {arms['frozen'].job.precision}: {times}; {cached.describe()}")
+    print(f"{name}, {arms['frozen'].job.precision}: {times}; {cached.describe()}", flush=True)
     return seconds
 
 

@@ -91,7 +91,8 @@ class Depths:
     def _visits(self, batch: Batch, store: Store) -> list[float]:
         """How often each key is seen once the first 0 ... n - 1 layers are frozen."""
         freezer = self._freezer
-        starts = [max(freezer.step_count, end) for end in (0, *freezer.freeze_steps[:-1])]
+        ends = (0,) * (freezer.num_frozen + 1) + freezer.freeze_steps[freezer.num_frozen :]
+        starts = [max(freezer.step_count, end) for end in ends[: len(freezer.layers)]]
         return [(freezer.total_steps - start) * batch.size / len(store.index) for start in starts]
 
     @property

@@ -1,5 +1,6 @@
 """One batch as the model takes it: its samples, how to cut it, and a checksum of each sample."""
 
+import math
 from functools import cached_property, lru_cache
 from typing import Any
 
@@ -172,9 +173,10 @@ def _row_sums(
         bits = (_bits(flat.contiguous()) * inside[:, :, None]).flatten(1)
         weights = torch.arange(bits.shape[1], device=bits.device) * 0x9E3779B97F4A7C1 * 2 + 1
         return (bits * weights).sum(1)
-    # In each step of training: words of 32 bits, which processors multiply several at a time.
-    words = _words(_thinned(leaf))
-    products = words * _multipliers(words.shape[1], words.device)
+    # This is done in each step of training, so with words of 32 bits, which processors multiply
+    # several at a time, in the order in which they lie in memory.
+    words, multipliers = _words(_thinned(leaf))
+    products = words * multipliers
     products ^= products >> 15  # or equal changes of two highest bits would cancel out
     return products.sum(1)
 
@@ -188,22 +190,34 @@ def _thinned(leaf: Tensor) -> Tensor:
     return leaf
 
 
-@lru_cache(maxsize=16)
-def _multipliers(count: int, device: torch.device) -> Tensor:
-    """(count,) int32: odd, and another one for each place, so that order counts."""
-    numbers = np.arange(count, dtype=np.uint32) * np.uint32(0x9E3779B2) + np.uint32(1)
-    with torch.inference_mode(False):
-        return torch.from_numpy(numbers.view(np.int32)).to(device)
-
-
-def _words(leaf: Tensor) -> Tensor:
-    """(B, words) int32: each row's bytes, four in a word."""
+def _words(leaf: Tensor) -> tuple[Tensor, Tensor]:
+    """(B, words) int32, each row's bytes, four in a word, and what to multiply each word with: it
+    depends on the place in the tensor, not in memory."""
     if not leaf.numel():
-        return leaf.new_zeros(len(leaf), 0, dtype=torch.int32)
+        return leaf.new_zeros(len(leaf), 0, dtype=torch.int32), _multipliers(
+            torch.Size([0]), leaf.device
+        )
+    channels_last = leaf.ndim == 4 and leaf.is_contiguous(memory_format=torch.channels_last)
+    if channels_last and leaf.element_size() == 4:
+        flat = leaf.permute(0, 2, 3, 1).reshape(len(leaf), -1)
+        return flat.view(torch.int32), _multipliers(leaf.shape[1:], leaf.device)
     flat = leaf.reshape(len(leaf), -1).contiguous().view(torch.uint8)
     if missing := -flat.shape[1] % 4:
         flat = torch.nn.functional.pad(flat, (0, missing))
-    return flat.view(torch.int32)
+    words = flat.view(torch.int32)
+    return words, _multipliers(words.shape[1:], leaf.device)
+
+
+@lru_cache(maxsize=16)
+def _multipliers(shape: torch.Size, device: torch.device) -> Tensor:
+    """(words,) int32: odd, and another one for each place, so that order counts. `shape`: of the
+    words; (C, H, W): they stand in the order (H, W, C)."""
+    count = math.prod(shape)
+    numbers = np.arange(count, dtype=np.uint32) * np.uint32(0x9E3779B2) + np.uint32(1)
+    if len(shape) == 3:
+        numbers = numbers.reshape(shape).transpose(1, 2, 0).reshape(-1)
+    with torch.inference_mode(False):
+        return torch.from_numpy(numbers.view(np.int32)).to(device)
 
 
 def _bits(tensor: Tensor) -> Tensor:

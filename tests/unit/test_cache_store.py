@@ -23,6 +23,7 @@ from freezeout.cache.layout import Layout
 from freezeout.cache.pays import survey
 from freezeout.cache.placeholders import Placeholders
 from freezeout.cache.planning import make_plan
+from freezeout.cache.prefix import _padded
 from freezeout.cache.store import Store
 from freezeout.errors import CacheError, InvalidValue
 from tests.models import conv_net, linear_net
@@ -80,6 +81,13 @@ def test_what_does_not_fit_is_not_stored() -> None:
     assert store.set_aside(keys(0, 1, 2), [100] * 3, [100] * 3).tolist() == [True, True, False]
     # A record that outgrows its room takes new room, and is gone where there is none.
     assert store.set_aside(keys(0), [200], [200]).tolist() == [False]
+
+
+def test_a_key_that_comes_twice_takes_room_once() -> None:
+    store = ram(budget=300)
+    store.reserve(8 * 128)
+    assert store.set_aside(keys(5, 5, 5, 1), [100] * 4, [100] * 4).all()
+    assert store.set_aside(keys(2), [100], [100]).tolist() == [False]
 
 
 def test_another_process_goes_on_with_the_files(tmp_path: Path) -> None:
@@ -382,6 +390,38 @@ def test_what_was_decided_is_saved_and_of_the_same_layers_only() -> None:
 def test_the_break_even_is_as_its_examples_say() -> None:
     result = doctest.testmod(freezeout.cache.pays)
     assert (result.failed, result.attempted) == (0, 3)
+
+
+@pytest.mark.parametrize(("total", "samples"), [(100, 8 * 50), (1000, 8 * 500)])
+def test_nothing_is_measured_where_samples_do_not_come_back(
+    total: int, samples: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first layer freezes at 51 % of the steps: from there on less than one epoch is left."""
+    model, x = linear_net(), torch.randn(8, 5)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    freezer = FreezeOut(model, optimizer, total, example_inputs=x)
+    monkeypatch.setattr("freezeout.cache.depths.survey", None)  # it would fail
+    cache = PrefixCache(freezer, samples)
+    with pytest.warns(UserWarning, match="samples do not come back once layers are frozen"):
+        cache.prepare(x)
+    assert cache.depths == []
+    # Where layers are frozen already, all steps are left.
+    freezer.load_state_dict(freezer.state_dict() | {"kept_frozen": 1})
+    with pytest.raises(TypeError):
+        PrefixCache(freezer, samples).prepare(x)
+
+
+def test_groups_have_few_sizes() -> None:
+    for size in (1, 5, 8, 50, 256):
+        sizes = set()
+        for count in range(1, size + 1):
+            rows = np.arange(count) * 3
+            padded = _padded(rows, size)
+            assert padded[:count].tolist() == rows.tolist()
+            assert set(padded[count:]) <= {rows[-1]}
+            sizes.add(len(padded))
+        assert max(sizes) <= size
+        assert len(sizes) <= 8
 
 
 def test_a_cache_that_would_not_pay_stays_off() -> None:
