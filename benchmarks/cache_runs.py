@@ -30,13 +30,14 @@ from .timing import environment
 WRN = TrainConfig(model="wrn", depth=16, widen_factor=1, dataset="cifar10", cache="auto")
 DENSENET = replace(WRN, model="densenet", depth=22, widen_factor=None, images=2000)
 PAYING = {
-    "100 epochs, 3,000 images, 1 view": replace(WRN, epochs=100, images=3000, views=1),
-    "30 epochs, 10,000 images, 1 view": replace(WRN, epochs=30, images=10000, views=1),
+    "100 epochs, 2,000 images, 1 view": replace(WRN, epochs=100, images=2000, views=1),
+    "30 epochs, 5,000 images, 1 view": replace(WRN, epochs=30, images=5000, views=1),
 }
-HARDLY = replace(WRN, epochs=30, images=5000, views=8)
+SHORTER = replace(WRN, epochs=30, images=3000)
 OTHERS = {
-    "30 epochs, 5,000 images, 8 views": HARDLY,
-    "30 epochs, 5,000 images, 8 views, 200 MB": replace(HARDLY, cache_budget="200M"),
+    "30 epochs, 3,000 images, 2 views": replace(SHORTER, views=2),
+    "30 epochs, 3,000 images, 8 views": replace(SHORTER, views=8),
+    "30 epochs, 3,000 images, 1 view, 30 MB": replace(SHORTER, views=1, cache_budget="30M"),
     "5 epochs, 5,000 images, 4 views": replace(WRN, epochs=5, images=5000, views=4),
     "DenseNet-BC-22, 10 epochs, 2,000 images, 2 views": replace(DENSENET, epochs=10, views=2),
 }
