@@ -20,6 +20,7 @@ class Depths:
     Args:
         asked: "auto": where measurements say that it pays and fits; "all": where it fits; or the
             depths themselves.
+        samples: of the data set.
         dtype: of activations in store; None: the type they have.
 
     Raises:
@@ -27,9 +28,13 @@ class Depths:
     """
 
     def __init__(
-        self, asked: str | Iterable[int], freezer: FreezeOut, dtype: torch.dtype | None
+        self,
+        asked: str | Iterable[int],
+        freezer: FreezeOut,
+        samples: int,
+        dtype: torch.dtype | None,
     ) -> None:
-        self._freezer, self._dtype = freezer, dtype
+        self._freezer, self._samples, self._dtype = freezer, samples, dtype
         self._asked = asked if isinstance(asked, str) else "given"
         self._survey: Survey | None = None
         self._time = 0  # T of the batch surveyed, where there are sequences
@@ -89,11 +94,13 @@ class Depths:
         return best_depths(self._survey.seconds, costs, visits, batches)
 
     def _visits(self, batch: Batch, store: Store) -> list[float]:
-        """How often each key is seen once the first 0 ... n - 1 layers are frozen."""
-        freezer = self._freezer
+        """How often each key is seen once the first 0 ... n - 1 layers are frozen: in whole passes
+        over the data, since views may change between two of them only."""
+        freezer, views = self._freezer, len(store.index) / self._samples
         ends = (0,) * (freezer.num_frozen + 1) + freezer.freeze_steps[freezer.num_frozen :]
         starts = [max(freezer.step_count, end) for end in ends[: len(freezer.layers)]]
-        return [(freezer.total_steps - start) * batch.size / len(store.index) for start in starts]
+        steps = self._samples / batch.size  # of a pass
+        return [(freezer.total_steps - start) // steps / views for start in starts]
 
     @property
     def reached(self) -> list[int]:

@@ -104,7 +104,7 @@ class PrefixCache:
         if sharded_modules(self._model):
             raise InvalidValue("the cache does not take a model that fully_shard was applied to")
         kept_as = DTYPES[dtype] if dtype else None
-        self._depths = Depths(depths, freezer, kept_as)
+        self._depths = Depths(depths, freezer, self.num_samples, kept_as)
         self._fold = FoldedPrefix(self._model) if fold else None
         self._placeholders = Placeholders()
         self._plans: dict[Any, Plan] = {}
