@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,7 +24,7 @@ from freezeout.lab.config import TrainConfig
 from freezeout.lab.job import Job
 
 from .cache_step import halves
-from .timing import environment
+from .timing import environment, in_turn
 
 WRN = TrainConfig(model="wrn", depth=16, widen_factor=1, dataset="cifar10", cache="auto")
 DENSENET = replace(WRN, model="densenet", depth=22, widen_factor=None, images=2000)
@@ -54,13 +53,12 @@ class Arm:
         self.total = self.job.total_steps(config.epochs)
         self.freezer = self.job.freezer(self.model, self.optimizer, self.total)
         self.is_costless = is_costless
-        self.seconds = 0.0
         begin = time.perf_counter()
         cache = self.job.cache(self.freezer)
         self.cached = None if cache is None else CachedRun(self.job, cache)
         if self.cached is not None:
             self.cached.prepare()
-        self.seconds += time.perf_counter() - begin
+        self.seconds = time.perf_counter() - begin
         self.steps = self._steps()
 
     def turn(self) -> None:
@@ -87,7 +85,7 @@ class Arm:
                 self.freezer.step()
                 yield
 
-    def _suffix(self, depth: int, x: Tensor) -> Any:
+    def _suffix(self, depth: int, x: Tensor) -> Callable[[Tensor], Tensor]:
         """The layers behind the frontier, given what the frozen ones make of these images."""
         prefix, suffix = halves(self.model, self.freezer, depth)
         with torch.no_grad(), self.job.autocast():
@@ -97,9 +95,8 @@ class Arm:
 
 def compare(name: str, arms: dict[str, Arm]) -> dict[str, float]:
     """Seconds of each arm, all of them run to their end."""
-    for number in range(-(-arms["frozen"].total // TURN)):
-        for arm in list(arms.values())[:: 1 if number % 2 else -1]:
-            arm.turn()
+    for label in in_turn(arms, -(-arms["frozen"].total // TURN)):
+        arms[label].turn()
     seconds = {label: arm.seconds for label, arm in arms.items()}
     times = ", ".join(f"{label} {each:.1f} s" for label, each in seconds.items())
     cached = arms["cached"].cached

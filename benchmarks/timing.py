@@ -1,7 +1,7 @@
 """What the benchmarks share: interleaved timing, and a line about the machine."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from statistics import median
 
 import torch
@@ -19,10 +19,15 @@ def interleaved(
     slows all of them alike, and in the other order in every other round, since what ran before
     leaves its data in the processor's cache; the first `warmup` rounds do not count."""
     seconds: dict[str, list[float]] = {name: [] for name in functions}
-    for number in range(warmup + rounds):
-        for name in list(functions)[:: 1 if number % 2 else -1]:
-            seconds[name].append(timed(functions[name], device))
+    for name in in_turn(functions, warmup + rounds):
+        seconds[name].append(timed(functions[name], device))
     return {name: median(times[warmup:]) for name, times in seconds.items()}
+
+
+def in_turn(names: Iterable[str], rounds: int) -> Iterator[str]:
+    """All of them in each round, in the other order in every other one."""
+    for number in range(rounds):
+        yield from list(names)[:: 1 if number % 2 else -1]
 
 
 def timed(function: Callable[[], object], device: torch.device | None = None) -> float:

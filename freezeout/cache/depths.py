@@ -10,7 +10,7 @@ from ..freezer import FreezeOut
 from ..schedule import whole_number
 from .files import FileStore
 from .inputs import Batch
-from .pays import Survey, best_depths, measure_reading, survey
+from .pays import Survey, best_depths, measure_store, survey
 from .store import ALIGNMENT, Store
 
 
@@ -85,7 +85,7 @@ class Depths:
         keys = len(store.index)
         folder = store.path if isinstance(store, FileStore) else None
         measured = {
-            size: measure_reading(size, batch.size, store.serve_on, folder, size * keys)
+            size: measure_store(size, batch.size, store.device, store.serve_on, folder, size * keys)
             for size in {s for s in sizes if s}
         }
         costs = [measured[size] if size else None for size in sizes]

@@ -6,10 +6,12 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
@@ -19,6 +21,7 @@ from ..layers import Layer
 from ..layers.trace import _uncompiled
 from .inputs import Batch
 from .scratch import scratch
+from .store import ALIGNMENT, Keys, Store, memory_available
 
 _ROUNDS = 3
 _FORWARDS = 8  # passes that checking one depth takes
@@ -146,54 +149,59 @@ def _by_depth(
     return seconds, sizes
 
 
-def measure_reading(
-    count: int, samples: int, device: torch.device, folder: Path | None, total: int
-) -> tuple[float, float]:
-    """Seconds to read, and to write, a batch of `samples` records of `count` bytes.
+def measure_store(
+    count: int,
+    samples: int,
+    place: torch.device,
+    serve_on: torch.device,
+    folder: Path | None,
+    total: int,
+) -> tuple[float, float, float]:
+    """Seconds to read a batch of `samples` records of `count` bytes, to write it, and what the
+    first write takes besides, into memory that is new.
 
     Args:
-        folder: of the files; None: they are in memory.
+        place: where records lie.
+        serve_on: where a batch is wanted.
+        folder: of the files; None: there are none.
         total: bytes of all records: if the memory will not hold them, the disk is measured.
     """
-    from .store import memory_available
+    keys = np.random.default_rng(0).permutation(4 * samples)
+    store = Store(len(keys), len(keys) * (count + ALIGNMENT), place, serve_on)
+    store.reserve(store.budget)
+    store.set_aside(keys, [count] * len(keys), [count] * len(keys))
+    batches = np.split(keys, 4)
+    rows = torch.ones(samples, count, dtype=torch.uint8, device=serve_on)
 
-    rows = torch.empty(4 * samples, count, dtype=torch.uint8)
-    touching = seconds_of(lambda: rows.fill_(1), torch.device("cpu")) / 4  # memory that is new
-    chosen = torch.randperm(len(rows))[:samples]
-    batch = rows[:samples].clone().to(device)
+    def write(batch: Keys) -> None:
+        store.write_rows(batch, rows, 1, batch)
 
-    def read() -> None:
-        rows.index_select(0, chosen).to(device)
+    def times(work: Callable[[Keys], object]) -> float:
+        return median([seconds_of(partial(work, batch), serve_on) for batch in batches])
 
-    def write() -> None:
-        rows.index_copy_(0, chosen, batch.cpu())
-
-    reading, writing = _seconds(read, device), touching + _seconds(write, device)
+    first, writing, reading = times(write), times(write), times(store.read_rows)
+    first = max(0.0, first - writing)
     if folder is not None:
         with tempfile.TemporaryFile(dir=folder) as file:
             number = file.fileno()
-            data = rows[:samples].numpy().data
-
-            def to_disk() -> None:
-                os.pwrite(number, data, 0)
-
-            writing += _seconds(to_disk, device)
+            data = rows.cpu().numpy().data
+            writing += _seconds(lambda: os.pwrite(number, data, 0), serve_on)
             if total > memory_available() // 2:
                 os.fsync(number)
-                times = []
-                for _ in range(_ROUNDS):
-                    if hasattr(os, "posix_fadvise"):
-                        os.posix_fadvise(number, 0, 0, os.POSIX_FADV_DONTNEED)
-                    start = time.perf_counter()
-                    os.pread(number, samples * count, 0)
-                    times.append(time.perf_counter() - start)
-                reading += median(times)
-    return reading, writing
+                reading += median([_from_disk(number, samples * count) for _ in range(_ROUNDS)])
+    return reading, writing, first
+
+
+def _from_disk(number: int, size: int) -> float:
+    """Seconds to read an open file's bytes, which the system is told to keep no longer."""
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(number, 0, 0, os.POSIX_FADV_DONTNEED)
+    return seconds_of(lambda: os.pread(number, size, 0), None)
 
 
 def best_depths(
     seconds: Sequence[float],
-    costs: Sequence[tuple[float, float] | None],
+    costs: Sequence[tuple[float, float, float] | None],
     visits: Sequence[float],
     batches: float,
 ) -> list[int]:
@@ -202,19 +210,21 @@ def best_depths(
 
     Args:
         seconds: a batch's forward pass through the first k layers.
-        costs: seconds to read and to write a batch's activations there; None: they do not fit.
+        costs: of a batch's activations there, as `measure_store`; None: they do not fit.
         visits: how often each sample will be seen once the first k layers are frozen.
         batches: how many batches all samples make.
 
     A sample is stored at its first visit and read at the others. Comparing with the real forward
     pass takes some eight forward passes a depth, once.
 
-    >>> best_depths([0.0, 0.010, 0.020, 0.021], [None, (1e-3, 1e-3), (1e-3, 1e-3), None],
+    >>> best_depths([0.0, 0.010, 0.020, 0.021], [None, (1e-3, 1e-3, 0), (1e-3, 1e-3, 0), None],
     ...             [10] * 4, 100)
     [1, 2]
-    >>> best_depths([0.0, 0.010], [None, (1e-3, 1e-3)], [2, 1], 100)  # never seen again
+    >>> best_depths([0.0, 0.010], [None, (1e-3, 1e-3, 0)], [2, 1], 100)  # never seen again
     []
-    >>> best_depths([0.0, 0.010], [None, (1e-3, 1e-3)], [10, 9], 1)  # comparing costs more
+    >>> best_depths([0.0, 0.010], [None, (1e-3, 1e-3, 0)], [10, 9], 1)  # comparing costs more
+    []
+    >>> best_depths([0.0, 0.010], [None, (1e-3, 1e-3, 0.1)], [10, 9], 100)  # so does new memory
     []
     """
     chosen: list[int] = []
@@ -224,8 +234,11 @@ def best_depths(
         cost = costs[depth]
         if cost is None:
             continue
-        here = 0.98 * seconds[depth] - cost[0] - _SERVING
-        gain = (visits[depth] - 1) * (here - saved) - cost[1] - _STORING
+        reading, writing, first = cost
+        here = 0.98 * seconds[depth] - reading - _SERVING
+        gain = (visits[depth] - 1) * (here - saved) - writing - _STORING
+        if not chosen:
+            gain -= first  # later records take the room of earlier ones
         if visits[depth] > 1 and batches * gain > comparing:
             saved = here
             chosen.append(depth)

@@ -437,12 +437,14 @@ class PrefixCache:
         if self.off is not None:  # one of them is too large to be stored
             return self._plain(batch.args, batch.kwargs, batch.size)
         rows = np.flatnonzero(held == depth)
-        self.stats.hits += len(rows)
         if (activations.store.depths(keys) == depth).all():
-            return self._serve(plan, batch, activations.read(depth, batch, keys))
+            tensors = activations.read(depth, batch, keys)
+            self.stats.hits += len(rows)
+            return self._serve(plan, batch, tensors)
         if len(rows):
             places.append(rows)
             pieces.append(activations.read(depth, batch.rows(rows), keys[rows]))
+            self.stats.hits += len(rows)
         order = torch.from_numpy(np.concatenate(places).argsort()).to(self._device)
         joined = [torch.cat(same).index_select(0, order) for same in zip(*pieces, strict=True)]
         return self._serve(plan, batch, activations.as_read(depth, batch, joined))

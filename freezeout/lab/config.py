@@ -165,8 +165,8 @@ class TrainConfig:
         """Plain values; `from_json` reads them back."""
         return {k: str(v) if isinstance(v, Path) else v for k, v in asdict(self).items()}
 
-    @classmethod
-    def completed(cls, values: dict[str, Any]) -> dict[str, Any]:
+    @staticmethod
+    def completed(values: dict[str, Any]) -> dict[str, Any]:
         """What `to_json` of an older version wrote, with the options that came after it."""
         return {**_ADDED_LATER, **values}
 

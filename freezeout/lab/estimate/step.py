@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import (
     DynamicOutputShapeException,
 )
 
-from ...cache.pays import measure_reading
+from ...cache.pays import measure_store
 from ...cost import with_cache
 from ...errors import FreezeOutError, InvalidValue
 from ...profile import (
@@ -182,7 +182,8 @@ def _cached(
     prefix = measure_prefix_seconds(subject.forward, subject.layers, shape=shape, device=device)
     # A byte, as the cache reads rows of a large tensor into a batch.
     row = max(1, _READ_BYTES // subject.batch_size)
-    reading, _ = measure_reading(row, subject.batch_size, device, folder=None, total=0)
+    cpu = torch.device("cpu")
+    reading, *_ = measure_store(row, subject.batch_size, cpu, device, folder=None, total=0)
     rate = reading / (row * subject.batch_size)
     read = [0.0, *(size * rate for size in count.frontier_bytes[1:])]
     return tuple(with_cache(seconds, prefix, read))
