@@ -8,18 +8,31 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from .errors import FreezeOutError
+from .plan import Frozen, Plan, Timeline
 from .schedule import Schedule
 
 if TYPE_CHECKING:
     from .cache import PrefixCache
-    from .freezer import FreezeOut
+    from .freezer import FreezeOut, thaw
     from .layers import Layer, find_layers
 
 __version__ = "0.1.0"
-__all__ = ["FreezeOut", "FreezeOutError", "Layer", "PrefixCache", "Schedule", "find_layers"]
+__all__ = [
+    "FreezeOut",
+    "FreezeOutError",
+    "Frozen",
+    "Layer",
+    "Plan",
+    "PrefixCache",
+    "Schedule",
+    "Timeline",
+    "find_layers",
+    "thaw",
+]
 
 _HOME = {
     "FreezeOut": "freezer",
+    "thaw": "freezer",
     "Layer": "layers",
     "PrefixCache": "cache",
     "find_layers": "layers",

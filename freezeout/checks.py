@@ -9,12 +9,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import CheckpointFunction
 from torch.utils.hooks import RemovableHandle
 
 from .errors import CheckpointError, FreezeOutError, InvalidValue
 from .layers import Layer
+from .layers.marks import copied_plainly
+from .layers.trace import rows_of
 
 _WATCHED = 20  # steps after which missing updates are told
 
@@ -30,7 +33,7 @@ class EngagedCheck:
     no reason to compile again); there `verify()`, after the update, sees frozen norms that move.
     """
 
-    def __init__(self, model: nn.Module | None, layers: Sequence[Layer]) -> None:
+    def __init__(self, model: nn.Module, layers: Sequence[Layer]) -> None:
         self._model, self._layers = model, layers
         self._handles: list[RemovableHandle] = []  # on the model, while armed
         self._inside: list[RemovableHandle] = []  # on its parts, for one forward pass
@@ -41,21 +44,19 @@ class EngagedCheck:
         # Of frozen norms: layer, batches counted, and how many they were; None: not yet known.
         self._counters: list[tuple[str, Tensor, Tensor]] | None = None
         self.to_verify = False
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """A copy of the model made while armed carries hooks that do nothing."""
-        return EngagedCheck, (None, ())
+        self.rows = 0  # items in the batch of the last forward pass that was looked at
 
     def arm(self, loaded: bool = False) -> None:
         """Look at the next training forward pass, and at frozen norms over the next update; or,
         when a state was `loaded`, over the one after it: the model's own may yet be loaded."""
-        if self._model is None:
-            return
         self._counters = None if loaded else self._count()
         self.to_verify = True
         if not self._handles:
+            copied_plainly(self._model)
             self._handles = [
-                self._model.register_forward_pre_hook(self._begin, prepend=True),
+                self._model.register_forward_pre_hook(
+                    self._begin, prepend=True, with_kwargs=True
+                ),
                 self._model.register_forward_hook(self._end, always_call=True),
             ]
 
@@ -118,20 +119,24 @@ class EngagedCheck:
 
     def begin(self) -> None:
         """If armed, look at the forward pass that begins, though the model itself is not called."""
-        if self._handles and self._model is not None:
+        if self._handles:
             self._begin(self._model, ())
 
     def end(self, output: Any) -> None:
         """The end of that forward pass, or of the part that leads to `output`."""
-        if self._active and self._model is not None:
+        if self._active:
             self._end(self._model, (), output)
 
-    def _begin(self, model: nn.Module, args: object) -> None:
-        if torch.compiler.is_compiling() or self._model is None:
+    def _begin(
+        self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None
+    ) -> None:
+        if torch.compiler.is_compiling():
             return
         self._leave()
         self._active = model.training and torch.is_grad_enabled()
         if self._active:
+            self.rows = rows_of(args, kwargs or {}) or self.rows
+            _check_reducer(model)
             self._inside += self._look_inside(model)
 
     def _enter_trained(self, module: nn.Module, args: object) -> None:
@@ -143,7 +148,7 @@ class EngagedCheck:
     def _enter_frozen(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         if torch.compiler.is_compiling() or not self._active:
             return
-        own = set(self._model.parameters()) if self._model is not None else set()
+        own = set(self._model.parameters())
         # A weight that is tied to a later layer, and still trained, may well come in.
         if any(variable not in own for variable in _leaves((args, kwargs))):
             self._find(
@@ -174,13 +179,6 @@ class EngagedCheck:
         frozen: dict[Tensor, str] = {
             p: layer.name for layer in self._layers if layer.is_frozen for p in layer.parameters
         }
-        for parameter, layer in frozen.items():
-            if parameter.requires_grad:
-                self._find(
-                    "requires",
-                    f"parameter {names.get(parameter)!r} of frozen layer {layer!r} requires a "
-                    "gradient again: something set requires_grad after the freeze",
-                )
         nodes = set(_nodes(output))
         if any(node.name() == "CheckpointFunctionBackward" for node in nodes):
             self._refuse_reentrant("the model")
@@ -222,6 +220,26 @@ class EngagedCheck:
             "what it runs where no input requires one; behind frozen layers none does, and the "
             "layers after them would silently stop learning; use "
             "torch.utils.checkpoint.checkpoint(..., use_reentrant=False)"
+        )
+
+
+def _check_reducer(model: nn.Module) -> None:
+    """FreezeOutError if the model runs within a DistributedDataParallel that was built before
+    layers were frozen: it would wait for gradients that never come."""
+    ddp = DistributedDataParallel._get_active_ddp_module()
+    if ddp is None or ddp.find_unused_parameters or getattr(ddp, "logger", None) is None:
+        return
+    awaited = int(ddp._get_ddp_logging_data()["num_parameter_tensors"])
+    given = sum(
+        p.requires_grad and name not in ddp.parameters_to_ignore
+        for name, p in ddp.module.named_parameters()
+    )
+    if given < awaited:
+        raise FreezeOutError(
+            f"DistributedDataParallel waits for gradients of {awaited} parameters, and only "
+            f"{given} are trained now: it was built before layers were frozen. Call "
+            "ddp = freezeout.parallel.rewrap(ddp) after FreezeOut(...), if it froze any, and "
+            "whenever step() returns layers; or wrap the model after FreezeOut(...)"
         )
 
 
@@ -276,7 +294,7 @@ def check_unchanged(
     model: nn.Module, layers: Sequence[Layer], names: Mapping[nn.Parameter, str]
 ) -> None:
     """InvalidValue if the model's parameters (`names`: as they were called) or modules are not
-    those of the layers any more, or a frozen parameter requires a gradient again."""
+    those of the layers any more."""
     modules = dict(model.named_modules())
     if any(hasattr(module, "unshard") for module in modules.values()):
         return  # FSDP2 puts other parameters in their place while it computes
@@ -308,13 +326,6 @@ def check_unchanged(
                 f"a {type(module).__name__} of layer {layer.name!r} has gone from the model since "
                 f"FreezeOut was built{advice}"
             )
-    for layer in layers:
-        for parameter in layer.parameters:
-            if layer.is_frozen and parameter.requires_grad:
-                raise InvalidValue(
-                    f"parameter {names[parameter]!r} of frozen layer {layer.name!r} requires a "
-                    "gradient again; leave requires_grad of frozen layers alone, or release()"
-                )
 
 
 def check_state(
@@ -322,7 +333,7 @@ def check_state(
 ) -> bool:
     """CheckpointError unless the state is of a run with this configuration; whether its schedule
     is another one, which is allowed."""
-    missing = [key for key in ("step", "num_frozen", "kept_frozen", *mine) if key not in state]
+    missing = [key for key in ("step", "changes", *mine) if key not in state]
     if missing:
         raise CheckpointError(f"this is no FreezeOut state: it has no {missing[0]!r}")
     if state["layers"] != mine["layers"]:
@@ -339,10 +350,12 @@ def check_state(
             f"the checkpoint is of another schedule: {differences} (to go on with the new "
             "one, pass allow_schedule_change=True)"
         )
-    if not 0 <= state["step"] <= mine["total_steps"]:
+    step, total = state["step"], mine["total_steps"]
+    if isinstance(step, bool) or not isinstance(step, int) or step < 0:
+        raise CheckpointError(f"this is no FreezeOut state: it is at step {step!r}")
+    if total is not None and step > total:
         raise CheckpointError(
-            f"the checkpoint is at step {state['step']} of a run that now has "
-            f"total_steps = {mine['total_steps']}"
+            f"the checkpoint is at step {step} of a run that now has total_steps = {total}"
         )
     return bool(changed)
 

@@ -1,60 +1,38 @@
 """Training cost of a run, from the cost of one step at each depth.
 
 `step_costs[k]` is the cost of one step with the first k layers frozen, in any unit (seconds,
-FLOPs); `freeze_steps[i]` is the step count after which layer i is frozen. A schedule of n layers
-never freezes the last one, so there are n step costs, for k = 0 ... n - 1.
+FLOPs); `counts[k]` is how many of the run's steps are made so (`Timeline.counts()`). The last of n
+layers is never frozen, so there are n of each, for k = 0 ... n - 1.
 """
 
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import pairwise
 
 from .errors import InvalidValue
-from .schedule import POWERS, Schedule, whole_number
+from .plan import Frozen, Plan
+from .schedule import POWERS, Schedule
+from .values import fraction, whole_number
 
 
-def steps_at_depth(freeze_steps: Sequence[int], total_steps: int) -> list[int]:
-    """How many of the run's steps are made with k layers frozen, for k = 0 ... n - 1.
-
-    >>> steps_at_depth((512, 729, 1000), 1000)
-    [512, 217, 271]
-    """
-    edges = [0, *freeze_steps[:-1], total_steps]
-    return [after - before for before, after in pairwise(edges)]
-
-
-def run_cost(step_costs: Sequence[float], freeze_steps: Sequence[int], total_steps: int) -> float:
+def run_cost(step_costs: Sequence[float], counts: Sequence[int]) -> float:
     """Cost of the whole run, in the unit of `step_costs`."""
-    check_one_a_layer(step_costs, freeze_steps)
-    return _cost_of(step_costs, steps_at_depth(freeze_steps, total_steps))
+    check_one_a_layer(step_costs, counts)
+    return sum(count * cost for count, cost in zip(counts, step_costs, strict=True))
 
 
-def saving(step_costs: Sequence[float], freeze_steps: Sequence[int], total_steps: int) -> float:
-    """The share of the ordinary run's cost that freezing saves, 1 - C_f / C, at most 1.
+def saving(step_costs: Sequence[float], counts: Sequence[int]) -> float:
+    """The share of the cost of a run that trains every layer that freezing saves, 1 - C_f / C, at
+    most 1.
 
     InvalidValue if a full step costs nothing.
 
-    >>> saving([10.0, 6.0, 2.0], (512, 729, 1000), 1000)
+    >>> saving([10.0, 6.0, 2.0], [512, 217, 271])
     0.3036
     """
-    check_one_a_layer(step_costs, freeze_steps)
-    return saving_of(step_costs, steps_at_depth(freeze_steps, total_steps))
-
-
-def saving_of(step_costs: Sequence[float], counts: Sequence[int]) -> float:
-    """`saving` of any steps: `counts[k]` were made with k layers frozen.
-
-    >>> saving_of([10.0, 6.0, 2.0], [512, 217, 271])
-    0.3036
-    """
-    check_one_a_layer(step_costs, counts)
+    spent = run_cost(step_costs, counts)
     if not step_costs[0] > 0:
         raise InvalidValue(f"the cost of a full step must be positive, got {step_costs[0]}")
-    return 1 - _cost_of(step_costs, counts) / (sum(counts) * step_costs[0])
-
-
-def _cost_of(step_costs: Sequence[float], counts: Sequence[int]) -> float:
-    return sum(count * cost for count, cost in zip(counts, step_costs, strict=True))
+    return 1 - spent / (sum(counts) * step_costs[0])
 
 
 def check_one_a_layer(step_costs: Sequence[float], layers: Sequence[object]) -> None:
@@ -86,8 +64,12 @@ def t_0_for_saving(
     schedule: Schedule,
     total_steps: int,
     freeze_every: int = 1,
+    frozen: int = 0,
 ) -> float:
     """The latest t_0, to three decimals, with which `schedule` saves at least the share `target`.
+
+    Args:
+        frozen: layers in front that are frozen from the start; `schedule` is for the others.
 
     Raises:
         InvalidValue: `target` is not in (0, 1), or more than the earliest t_0, 0.001, saves; the
@@ -96,12 +78,13 @@ def t_0_for_saving(
     >>> t_0_for_saving([10.0, 6.0, 2.0], 0.3, Schedule(), 1000)
     0.802
     """
-    if isinstance(target, bool) or not 0 < target < 1:
-        raise InvalidValue(f"the target saving must be a share in (0, 1), got {target}")
+    fraction("the target saving", target, one=False)
 
     def saved(t_0: float) -> float:
-        steps = replace(schedule, t_0=t_0).freeze_steps(len(step_costs), total_steps, freeze_every)
-        return saving(step_costs, steps, total_steps)
+        plan = Frozen(frozen, then=replace(schedule, t_0=t_0))
+        return saving(
+            step_costs, plan.timeline(len(step_costs), total_steps, freeze_every).counts()
+        )
 
     # Every one is tried: measured costs need not fall at every depth, nor savings with t_0.
     candidates = [thousandth / 1000 for thousandth in range(1000, 0, -1)]
@@ -116,9 +99,13 @@ def t_0_for_saving(
 
 
 def epochs_within(
-    budget: float, step_costs: Sequence[float], schedule: Schedule, steps_per_epoch: int
+    budget: float,
+    step_costs: Sequence[float],
+    plan: Plan,
+    steps_per_epoch: int,
+    freeze_every: int = 1,
 ) -> int:
-    """The largest number of whole epochs whose run, with `schedule`, costs at most `budget`, in
+    """The largest number of whole epochs whose run, with `plan`, costs at most `budget`, in
     the unit of `step_costs`; 0 if not even one does.
 
     >>> epochs_within(5000.0, [10.0, 6.0, 2.0], Schedule(), steps_per_epoch=100)
@@ -126,9 +113,8 @@ def epochs_within(
     """
 
     def fits(epochs: int) -> bool:
-        steps = epochs * steps_per_epoch
-        freezing = schedule.freeze_steps(len(step_costs), steps)
-        return run_cost(step_costs, freezing, steps) <= budget
+        line = plan.timeline(len(step_costs), epochs * steps_per_epoch, freeze_every)
+        return run_cost(step_costs, line.counts()) <= budget
 
     if not fits(1):
         return 0
@@ -142,24 +128,28 @@ def epochs_within(
 
 
 def epochs_of_equal_cost(
-    epochs: int, step_costs: Sequence[float], schedule: Schedule, steps_per_epoch: int
+    epochs: int,
+    step_costs: Sequence[float],
+    plan: Plan,
+    steps_per_epoch: int,
+    freeze_every: int = 1,
 ) -> int:
-    """How many epochs with `schedule` cost what `epochs` without freezing do, to the nearest.
+    """How many epochs with `plan` cost what `epochs` without freezing do, to the nearest.
 
     >>> epochs_of_equal_cost(100, [10.0, 6.0, 2.0], Schedule(), steps_per_epoch=10)
     144
     """
     ordinary = step_costs[0] * epochs * steps_per_epoch
 
-    def distance(candidate: int) -> float:
+    def counts(candidate: int) -> list[int]:
         steps = candidate * steps_per_epoch
-        freezing = schedule.freeze_steps(len(step_costs), steps)
-        return abs(run_cost(step_costs, freezing, steps) - ordinary)
+        return plan.timeline(len(step_costs), steps, freeze_every).counts()
+
+    def distance(candidate: int) -> float:
+        return abs(run_cost(step_costs, counts(candidate)) - ordinary)
 
     # The cost is all but proportional to the length, so the ratio is within an epoch of it.
-    steps = epochs * steps_per_epoch
-    ratio = 1 - saving(step_costs, schedule.freeze_steps(len(step_costs), steps), steps)
-    guess = round(epochs / ratio)
+    guess = round(epochs / (1 - saving(step_costs, counts(epochs))))
     return min(range(max(1, guess - 2), guess + 3), key=distance)
 
 
@@ -199,7 +189,7 @@ def paper_saving(costs: Sequence[float], schedule: Schedule) -> float:
     >>> round(paper_saving(paper_costs(76, 12), Schedule(0.8, "cubic")), 10)
     0.1778133025
     """
-    if schedule.times is not None:
+    if schedule.t_0 is None or schedule.how_scale is None:
         raise InvalidValue("the paper's estimate is for t_0 and how_scale, not for given times")
     n, t_0, power = len(costs), schedule.t_0, POWERS[schedule.how_scale]
     times = [(t_0 + (1 - t_0) * i / n) ** power for i in range(n)]

@@ -1,48 +1,58 @@
-"""`FreezeOut`: a schedule applied to the layers of a model and to its optimizers."""
+"""`FreezeOut`: a plan of what trains when, applied to a model's layers and to its optimizers."""
 
-import time
 import warnings
-from bisect import bisect_right
-from collections import deque
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict
-from statistics import median
-from typing import Any
+from operator import attrgetter
+from types import TracebackType
+from typing import Any, Self
+from weakref import WeakSet
 
 from torch import nn
 from torch.optim import Optimizer
 
 from .checks import EngagedCheck, UpdateWatch, check_state, check_unchanged
-from .cost import check_one_a_layer, saving_of
-from .errors import FreezeOutError, InvalidType, InvalidValue
+from .cost import check_one_a_layer, saving
+from .errors import CheckpointError, FreezeOutError, InvalidType, InvalidValue
 from .layers import ExampleInputs, Layer, OrderCheck, find_layers, given_layers
 from .layers.layer import merged
+from .layers.marks import take_off
 from .optimizers import SplitOptimizer, check_optimizers
-from .schedule import STEEP, Schedule, factor, whole_number
-from .words import duration
+from .plan import Frozen, Plan, Timeline, check_plan
+from .savings import BytesSaved, SecondsSaved, StepTimes, bytes_saved, seconds_saved
+from .schedule import STEEP, Schedule
+from .values import plain, whole_number
+from .words import duration, size
 
-_SAMPLES = 64  # step durations kept a depth, for medians
+_requires_grad = attrgetter("requires_grad")
+
+_DRIVING: "WeakSet[FreezeOut]" = WeakSet()  # those that have not been released
 
 
 class FreezeOut:
-    """Anneals and freezes a model's layers, one after another; call `step()` after each update.
+    """Anneals and freezes a model's layers by a plan; call `step()` after each update.
 
-        freezer = FreezeOut(model, optimizer, total_steps, example_inputs=x)
-        for x, y in batches:
-            criterion(model(x), y).backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            freezer.step()
+        with FreezeOut(model, optimizer, total_steps, example_inputs=x) as freezer:
+            for x, y in batches:
+                criterion(model(x), y).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                freezer.step()
 
-    The optimizer stays the user's: its visible groups, their learning rates and the shape of
-    its `state_dict()` never change. During `optimizer.step()` alone, each layer's parameters
+    At the end of the `with` block, or when `release()` is called, the model is an ordinary one
+    again. The optimizer stays the user's: its visible groups, their learning rates and the shape
+    of its `state_dict()` never change. During `optimizer.step()` alone, each layer's parameters
     get `lr * factor` (eq. 1 of the paper), on top of whatever a scheduler does to `lr`.
 
+    Leading layers in which nothing trains, because the user has called `requires_grad_(False)` on
+    them, are frozen from the start, each as a layer of its own; the plan is for the others.
+
     Args:
-        model: any module.
+        model: any module. If an earlier FreezeOut has left it frozen, it is thawed first.
         optimizer: a torch optimizer over (some of) its parameters, or a list of them.
-        total_steps: optimizer steps in the whole run (not epochs, not micro-batches).
-        schedule: when layers freeze.
+        total_steps: optimizer steps in the whole run (not epochs, not micro-batches). None, where
+            the plan allows it: not known beforehand.
+        schedule: the plan of what trains when: a `Schedule`, the paper's and the default; a
+            `Frozen`, for layers frozen from the start; or a `Plan` of your own.
         layers: the model's layers in execution order, each a module or several, in place of
             those that `find_layers` finds; or a list that `find_layers` has returned.
         example_inputs: what one forward pass takes (see `find_layers`). Without it, modules are
@@ -50,15 +60,20 @@ class FreezeOut:
             that they run in that order.
         freeze_every: freeze only after steps that are multiples of this.
         anneal: False: layers freeze on time, but their learning rates are left alone.
+        keep_awake: True: layers that the user froze are left as they are, norms and dropout in
+            training mode, and count as part of the first layer that trains; they are not cached
+            until that is frozen.
 
     Attributes:
-        layers: the layers that count, those with anything that an optimizer trains; others
-            have been joined to the next one that has.
-        freeze_steps: for each layer, after how many steps it freezes; total_steps: never.
+        layers: the layers that count: those with anything that an optimizer trains, and in front of
+            them those that the user froze. Others have been joined to the next one that counts.
+        schedule: the plan, as given.
+        timeline: when how many layers are frozen.
 
     Raises:
-        InvalidValue, InvalidType: arguments out of range, an optimizer that holds none of the
-            model's parameters, or one that cannot be split (LBFGS, ZeroRedundancyOptimizer).
+        InvalidValue, InvalidType: arguments out of range, a plan that does not go with the layers,
+            an optimizer that holds none of the model's parameters, or that was built while the
+            model was frozen in part, or one that cannot be split (LBFGS, ZeroRedundancyOptimizer).
         LayerOrderError: `layers` in another order than that of execution.
     """
 
@@ -66,65 +81,101 @@ class FreezeOut:
         self,
         model: nn.Module,
         optimizer: Optimizer | Iterable[Optimizer],
-        total_steps: int,
+        total_steps: int | None,
         *,
-        schedule: Schedule | None = None,
+        schedule: Plan | None = None,
         layers: Sequence[Layer] | Sequence[nn.Module | Sequence[nn.Module]] | None = None,
         example_inputs: ExampleInputs = None,
         freeze_every: int = 1,
         anneal: bool = True,
+        keep_awake: bool = False,
     ) -> None:
-        self.total_steps = whole_number("total_steps", total_steps)
+        self.total_steps = None if total_steps is None else whole_number("total_steps", total_steps)
         self.freeze_every = whole_number("freeze_every", freeze_every)
-        self.schedule = Schedule() if schedule is None else schedule
-        if not isinstance(self.schedule, Schedule):
-            raise InvalidType(f"schedule must be a Schedule, got {type(schedule).__name__}")
-        if not isinstance(anneal, bool):
-            raise InvalidType(f"anneal must be True or False, got {anneal!r}")
+        check_plan("schedule", schedule)
+        self.schedule: Plan = Schedule() if schedule is None else schedule
+        for name, value in (("anneal", anneal), ("keep_awake", keep_awake)):
+            if not isinstance(value, bool):
+                raise InvalidType(f"{name} must be True or False, got {value!r}")
         optimizers = check_optimizers(optimizer)
         self.anneal = anneal
         self.model = model
+        if isinstance(model, nn.Module):
+            _take_over(model, optimizers)
         ready = _ready_layers(layers)
         if layers is None:
             found = find_layers(model, example_inputs)
         else:
             found = ready or given_layers(model, layers, example_inputs)
-        self.layers = _counted(found, optimizers)
-        self.freeze_steps = self.schedule.freeze_steps(
-            len(self.layers), self.total_steps, self.freeze_every
-        )
-        # A layer that anneals until the last step is never frozen: no step is left to save.
-        self._ends = [end for end in self.freeze_steps if end < self.total_steps]
+        self.layers, given = _counted(found, optimizers, keep_awake)
+        self._plan, self.timeline = self._bound(given)
         self._step = 0
-        self._kept_frozen = 0
         self._released = False
         self._factors_at: tuple[int, int] | None = None
         self._factors: tuple[float, ...] = ()
-        self._clock: float | None = None
-        self._seconds: dict[int, deque[float]] = {}
-        self._counts: dict[int, int] = {}
+        self._times = StepTimes()
+        self._timed_from = 0  # the step at which this process began to
+        self._frozen_parameters: tuple[nn.Parameter, ...] = ()
+        self._told: set[str] = set()
         # What may raise comes before what leaves marks on the optimizers and the model.
-        largest = self.schedule.largest_factor(len(self.layers), self.total_steps, freeze_every)
-        if anneal and largest > STEEP:
-            rate = max(float(group["lr"]) for each in optimizers for group in each.param_groups)
-            warnings.warn(
-                f"the first layer starts at {largest:.3g} times the base learning rate "
-                f"({largest * rate:.3g}), because it freezes so early and scale_lr gives every "
-                "layer the same total; a larger t_0, or scale_lr=False, starts lower",
-                stacklevel=2,
-            )
+        self._check_factors(max(float(g["lr"]) for each in optimizers for g in each.param_groups))
+        self._names = {parameter: name for name, parameter in model.named_parameters()}
         layer_of = {p: i for i, layer in enumerate(self.layers) for p in layer.parameters}
+        names = {p: (self._names[p], self.layers[i].name) for p, i in layer_of.items()}
         self._optimizers = [
-            SplitOptimizer(each, layer_of, self._current_factors, lambda: self.num_frozen)
+            SplitOptimizer(
+                each,
+                layer_of,
+                self._current_factors,
+                lambda: self.num_frozen,
+                lambda: self.timeline.is_over(self._step),
+                names,
+            )
             for each in optimizers
         ]
         known = bool(ready) or example_inputs is not None
         self._order_check = None if known else OrderCheck(model, self.layers)
-        self._names = {parameter: name for name, parameter in model.named_parameters()}
         self._looked = False  # whether the model was changed
         self._watch: UpdateWatch | None = UpdateWatch()
         self._engaged = EngagedCheck(model, self.layers)
-        self._engaged.arm()
+        self._apply(self.num_frozen)
+        _DRIVING.add(self)
+        if given:
+            _tell_given(self.layers[:given])
+
+    def _bound(self, given: int) -> tuple[Plan, Timeline]:
+        """The plan for these layers, the first `given` of which the user froze; and its timeline."""
+        paths = {module: name for name, module in self.model.named_modules()}
+        names = [[paths.get(m, "") for m in layer.modules] for layer in self.layers]
+        plan = self.schedule.resolved(names, given)
+        if given:
+            plan = Frozen(given, then=plan)
+        timeline = plan.timeline(len(self.layers), self.total_steps, self.freeze_every)
+        if (timeline.num_layers, timeline.total_steps) != (len(self.layers), self.total_steps):
+            raise InvalidValue(
+                f"the plan {self.schedule} gave a timeline of {timeline.num_layers} layers and "
+                f"{timeline.total_steps} steps, for {len(self.layers)} and {self.total_steps}"
+            )
+        return plan, timeline
+
+    def _check_factors(self, base_rate: float) -> None:
+        if not self.anneal:
+            return
+        factors = self._plan.factors(0, self.timeline)
+        if len(factors) != len(self.layers):
+            raise InvalidValue(
+                f"the plan {self.schedule} gave {len(factors)} factors for {len(self.layers)} "
+                "layers"
+            )
+        largest = max(factors)
+        if largest > STEEP:
+            name = self.layers[factors.index(largest)].name
+            warnings.warn(
+                f"layer {name!r} starts at {largest:.3g} times the base learning rate "
+                f"({largest * base_rate:.3g}), because it freezes so early and scale_lr gives "
+                "every layer the same total; a larger t_0, or scale_lr=False, starts lower",
+                stacklevel=3,
+            )
 
     # --- where the run stands -----------------------------------------------------------
 
@@ -135,13 +186,25 @@ class FreezeOut:
 
     @property
     def num_frozen(self) -> int:
-        """How many layers, from the first, are frozen: a function of the step count."""
-        return 0 if self._released else self._num_frozen_at(self._step)
+        """How many layers, from the first, are frozen: what the timeline says of the step count;
+        after `release()` none."""
+        return 0 if self._released else self.timeline.num_frozen(self._step)
+
+    @property
+    def freeze_steps(self) -> tuple[int | None, ...]:
+        """For each layer, after how many steps it is first frozen (0: from the start); total_steps,
+        or None where that is not known: never."""
+        return self.timeline.freeze_steps
 
     @property
     def next_freeze(self) -> int | None:
         """The step count at which the next layer freezes; None if none will."""
-        return next(iter(self._ends[self.num_frozen :]), None)
+        step = self._step
+        while not self._released and (change := self.timeline.next_change(step)) is not None:
+            if change[1] > self.timeline.num_frozen(step):
+                return change[0]
+            step = change[0]
+        return None
 
     @property
     def order_pending(self) -> bool:
@@ -151,19 +214,23 @@ class FreezeOut:
     @property
     def learning_rates(self) -> tuple[float, ...]:
         """The effective learning rate of each layer for the next update, 0 once frozen. Where a
-        layer's parameters stand in several groups, the largest of their rates."""
+        layer's parameters stand in several groups, the largest of their rates. After `release()`
+        the optimizer's own."""
+        if self._released:
+            return tuple(self._base_rates())
         return tuple(
             rate * factor
             for rate, factor in zip(self._base_rates(), self._current_factors(), strict=True)
         )
 
     def step(self) -> list[Layer]:
-        """Count one optimizer step; returns the layers that it froze (mostly none).
+        """Count one optimizer step; returns the layers that it froze or thawed (mostly none).
 
-        Steps that a gradient scaler skipped count too: call it once an update, always.
+        Steps that a gradient scaler skipped count too: call it once an update, always. Updates
+        after the run's `total_steps` change no parameter, and a warning says so, once.
 
         Raises:
-            FreezeOutError: the run's `total_steps` steps have been made, or after `release()`.
+            FreezeOutError: after `release()`.
             InvalidValue: the model has other parameters or modules than it had at first (looked
                 for in the first step and when a layer freezes).
         """
@@ -171,26 +238,30 @@ class FreezeOut:
             raise FreezeOutError(
                 "step() after release(): this FreezeOut no longer drives the model"
             )
-        if self._step >= self.total_steps:
-            raise FreezeOutError(
-                f"step() called more than total_steps = {self.total_steps} times; to lengthen the "
-                "run, build a FreezeOut with the new total_steps and load this one's state with "
-                "allow_schedule_change=True"
-            )
         if self._watch is not None:
             self._watch_updates(self._watch)
         if self._engaged.to_verify:
             self._engaged.verify()
+        if any(map(_requires_grad, self._frozen_parameters)):
+            self._hold()
+        if self.timeline.is_over(self._step):
+            self._tell_over()
+            return []
         before = self.num_frozen
-        after = self._num_frozen_at(self._step + 1)
+        after = self.timeline.num_frozen(self._step + 1)
         if after != before or not self._looked:
             check_unchanged(self.model, self.layers, self._names)
             self._looked = True
-        self._record_duration(before)
+        self._times.record(before)
         self._step += 1
         if after != before:
             self._apply(after)
-        return self.layers[before:after]
+        return self.layers[min(before, after) : max(before, after)]
+
+    def served(self) -> None:
+        """For caches: in the step that goes on, what frozen layers compute was read and not
+        computed, so its duration is one of its own kind."""
+        self._times.served = True
 
     def forward_begins(self) -> None:
         """For frameworks that compute the loss otherwise than by calling the model (a Lightning
@@ -204,15 +275,12 @@ class FreezeOut:
     # --- saving and loading -------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """The step, and what is needed to refuse a state of another run; plain values only, so
-        that `torch.load(..., weights_only=True)` reads it."""
+        """The step, the changes of the timeline, and what is needed to refuse a state of another
+        run; plain values only, so that `torch.load(..., weights_only=True)` reads it."""
         return {
             "step": self._step,
+            "changes": [list(change) for change in self.timeline.changes],
             **self._configuration(),
-            "num_frozen": self._num_frozen_at(self._step),  # after release() too
-            "kept_frozen": self._kept_frozen,
-            "seconds": {depth: list(seconds) for depth, seconds in self._seconds.items()},
-            "counts": dict(self._counts),
         }
 
     def load_state_dict(
@@ -225,25 +293,31 @@ class FreezeOut:
         Args:
             state: what `state_dict()` returned.
             allow_schedule_change: take the step and the frozen layers, but go on with this
-                object's schedule and total_steps (to lengthen a run, say). Layers that were
+                object's plan and total_steps (to lengthen a run, say). Layers that were
                 frozen stay frozen.
 
         Raises:
-            CheckpointError: the state is of other layers, or of another schedule or length.
+            CheckpointError: the state is of other layers, or of another plan or length.
         """
         if self._released:
             raise FreezeOutError("load_state_dict() after release()")
-        mine = self._configuration()
-        changed = check_state(state, mine, allow_schedule_change)
+        changed = check_state(state, self._configuration(), allow_schedule_change)
+        step = state["step"]
+        try:
+            theirs = Timeline(
+                len(self.layers), state["total_steps"], tuple(map(tuple, state["changes"]))
+            )
+            if changed:
+                planned = self._plan.timeline(len(self.layers), self.total_steps, self.freeze_every)
+                planned = planned.changed(step, theirs.num_frozen(step))
+                changes = [c for c in theirs.changes if c[0] < step]
+                changes += [c for c in planned.changes if c[0] >= step]
+                theirs = Timeline.of(len(self.layers), self.total_steps, changes)
+        except (TypeError, ValueError) as error:
+            raise CheckpointError(f"this is no FreezeOut state: {error}") from error
         check_unchanged(self.model, self.layers, self._names)
-        self._step = state["step"]
-        self._kept_frozen = state["num_frozen"] if changed else state["kept_frozen"]
-        self._seconds = {
-            int(depth): deque(seconds, maxlen=_SAMPLES)
-            for depth, seconds in state.get("seconds", {}).items()
-        }
-        self._counts = {int(depth): count for depth, count in state.get("counts", {}).items()}
-        self._clock = None
+        self.timeline, self._step, self._timed_from = theirs, step, step
+        self._times.restart()
         self._factors_at = None
         self._apply(self.num_frozen, loaded=True)
 
@@ -252,92 +326,131 @@ class FreezeOut:
         nothing of FreezeOut remains on them. State that freezing dropped starts afresh."""
         if self._released:
             return
-        self._released = True
         self._apply(0)
+        self._released = True
         self._engaged.disarm()
         for optimizer in self._optimizers:
             optimizer.detach()
         if self._order_check is not None:
             self._order_check.remove()
+        take_off(self.model)
+        _DRIVING.discard(self)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.release()
 
     # --- for people ---------------------------------------------------------------------
 
     @property
     def step_seconds(self) -> dict[int, tuple[int, float | None]]:
-        """For each number of frozen layers so far: the steps made with them, and the median
-        seconds between two calls of `step()`; None before there were two in a row."""
-        return {
-            depth: (count, median(self._seconds[depth]) if depth in self._seconds else None)
-            for depth, count in self._counts.items()
-        }
+        """For each number of frozen layers in this process: the steps made with them, and the
+        median seconds between two calls of `step()`; None before there were two in a row."""
+        return self._times.by_depth()
 
-    def seconds_saved(self) -> tuple[float, float] | None:
-        """Seconds that freezing has saved so far, and their share of what the steps made so far
-        would have taken without it; None while too little has been measured.
+    def seconds_saved(self) -> SecondsSaved | None:
+        """Seconds that freezing, and a cache, have saved in the steps made in this process, against
+        training every layer; None while too little is known.
 
-        From the median time between two calls of `step()` at each depth, so that pauses for
-        evaluation do not count.
+        From the median time between two calls of `step()` of each kind, so that pauses for
+        evaluation do not count; and from counted FLOPs where no steps of a kind, or fewer than
+        five, have been timed.
         """
-        made = self.step_seconds
-        full = made.get(0, (0, None))[1]
-        if full is None or len(made) < 2:
-            return None
-        saved = sum(
-            count * (full - seconds) for count, seconds in made.values() if seconds is not None
-        )
-        return saved, saved / (full * sum(count for count, _ in made.values()))
+        return seconds_saved(self._times, self.layers)
+
+    def bytes_saved(self) -> BytesSaved:
+        """Bytes of gradients, optimizer state and activations that the layers which are frozen now
+        (after `release()`: were, at its time) do not take."""
+        frozen = self.layers[: self.timeline.num_frozen(self._step)]
+        states = [optimizer.state_bytes() for optimizer in self._optimizers]
+        return bytes_saved(frozen, states, self._engaged.rows)
 
     def predicted_share(self, step_costs: Sequence[float]) -> float | None:
         """The share of the cost of the steps made so far that freezing should have saved, by the
         cost of one step with k layers frozen, k = 0 ... n - 1, in any unit (see
         `freezeout.profile`). None before the first step."""
-        counts = [self._counts.get(depth, 0) for depth in range(len(self.layers))]
+        counts = self.timeline.counts(end=self._step)
         check_one_a_layer(step_costs, counts)
-        return saving_of(step_costs, counts) if self._counts else None
+        return saving(step_costs, counts) if self._step else None
 
     def summary(self, step_costs: Sequence[float] | None = None) -> str:
-        """One line: what was frozen, what that saved, and with `step_costs` what was predicted
-        (see `predicted_share`)."""
-        froze = f"froze {self._num_frozen_at(self._step)} of {len(self.layers)} layers"
+        """What was frozen, and what that saved against training every layer, in a line; with
+        `step_costs` also what was predicted (see `predicted_share`)."""
+        depth, start = self.timeline.num_frozen(self._step), self.timeline.num_frozen(0)
+        parts = [f"froze {depth} of {len(self.layers)} layers"]
+        if start:
+            parts[0] += f", {start} of them from the start"
+        if self.total_steps is not None and self._step < self.total_steps:
+            parts.append(f"made {self._step} of {self.total_steps} steps")
         saved = self.seconds_saved()
         if saved is not None:
-            seconds, share = saved
-            froze += f"; {duration(seconds)} saved ({share:.0%} of the steps' time)"
-        predicted = None if step_costs is None else self.predicted_share(step_costs)
-        return froze if predicted is None else f"{froze}, predicted {predicted:.0%}"
+            line = f"{duration(saved.seconds)} saved ({saved.share:.0%} of the steps' time)"
+            if saved.is_predicted:
+                line += ", predicted from counted FLOPs in part"
+            if self._timed_from:
+                line += f", since step {self._timed_from}"
+            parts.append(line)
+        elif depth:
+            parts.append("time saved is not known yet")
+        if step_costs is not None and (share := self.predicted_share(step_costs)) is not None:
+            parts[-1] += f", predicted {share:.0%}"
+        if depth:
+            kept = self.bytes_saved()
+            kinds = {
+                "gradients": kept.gradients,
+                "optimizer state": kept.optimizer_state,
+                "activations": kept.activations,
+            }
+            words = [f"{size(count)} of {kind}" for kind, count in kinds.items() if count]
+            if words:
+                parts.append(f"a step takes {_joined(words)} less")
+        return "; ".join(parts)
 
     def __str__(self) -> str:
         """A table of the layers: parameters, freeze step, learning rate."""
+        depth = self.timeline.num_frozen(self._step)
         width = max(len("layer"), *(len(layer.name) for layer in self.layers))
+        of = "" if self.total_steps is None else f" of {self.total_steps}"
+        state = f"{depth} of {len(self.layers)} layers " + ("were " if self._released else "")
         lines = [
-            f"FreezeOut at step {self._step} of {self.total_steps}, "
-            f"{self.num_frozen} of {len(self.layers)} layers frozen",
+            f"FreezeOut {'released at' if self._released else 'at'} step {self._step}{of}, "
+            f"{state}frozen",
             f"{'layer':<{width}}  {'parameters':>12}  {'freezes at':>10}  {'starts at':>10}  "
             f"{'now':>10}",
         ]
-        starts = self._factors_for(0, 0)
-        rates = zip(self._base_rates(), self.learning_rates, strict=True)
-        for layer, end, start, (base, rate) in zip(
-            self.layers, self.freeze_steps, starts, rates, strict=True
-        ):
+        starts = self._factors_for(0)
+        rows = zip(
+            self.layers,
+            self.freeze_steps,
+            starts,
+            self._base_rates(),
+            self.learning_rates,
+            strict=True,
+        )
+        for i, (layer, end, start, base, rate) in enumerate(rows):
             count = sum(p.numel() for p in layer.parameters)
-            when = "never" if end >= self.total_steps else str(end)
-            now = "frozen" if layer.is_frozen else f"{rate:.4g}"
+            when = "never" if end in (None, self.total_steps) else "start" if not end else str(end)
+            now = f"{rate:.4g}" if i >= depth else "was frozen" if self._released else "frozen"
             lines.append(
                 f"{layer.name:<{width}}  {count:>12,}  {when:>10}  {base * start:>10.4g}  {now:>10}"
             )
         return "\n".join(lines)
 
     def __repr__(self) -> str:
+        of = "" if self.total_steps is None else f" of {self.total_steps}"
         return (
             f"FreezeOut({type(self.model).__name__}, {len(self.layers)} layers, "
-            f"step {self._step} of {self.total_steps}, {self.schedule})"
+            f"step {self._step}{of}, {self.schedule})"
         )
 
     # --- inside -------------------------------------------------------------------------
-
-    def _num_frozen_at(self, step: int) -> int:
-        return max(self._kept_frozen, bisect_right(self._ends, step))
 
     def _base_rates(self) -> list[float]:
         rates = [0.0] * len(self.layers)
@@ -350,17 +463,13 @@ class FreezeOut:
         """Each layer's learning-rate multiplier for the next update."""
         at = (self._step, self.num_frozen)
         if self._factors_at != at:
-            self._factors_at, self._factors = at, self._factors_for(*at)
+            self._factors_at, self._factors = at, self._factors_for(self._step)
         return self._factors
 
-    def _factors_for(self, step: int, num_frozen: int) -> tuple[float, ...]:
-        ends = self.freeze_steps[num_frozen:]
+    def _factors_for(self, step: int) -> tuple[float, ...]:
         if self.anneal:
-            scale = self.schedule.scale_lr
-            trained = [factor(step, end, self.total_steps, scale) for end in ends]
-        else:
-            trained = [1.0] * len(ends)
-        return (0.0,) * num_frozen + tuple(trained)
+            return tuple(self._plan.factors(step, self.timeline))
+        return Plan.factors(self._plan, step, self.timeline)
 
     def _apply(self, num_frozen: int, loaded: bool = False) -> None:
         """Freeze the first layers and no others."""
@@ -370,10 +479,40 @@ class FreezeOut:
                 for optimizer in self._optimizers:
                     optimizer.drop_state(layer.parameters)
             elif i >= num_frozen and layer.is_frozen:
-                layer.unfreeze(self.model.training)
+                layer.unfreeze()
+        self._frozen_parameters = tuple(
+            p for layer in self.layers[:num_frozen] for p in layer.parameters
+        )
         for optimizer in self._optimizers:
             optimizer.settle()
         self._engaged.arm(loaded)
+
+    def _hold(self) -> None:
+        """Something has made frozen parameters require a gradient: undo it, and say so."""
+        undone = [
+            (self._names[p], layer.name)
+            for layer in self.layers[: self.num_frozen]
+            for p in layer.hold()
+        ]
+        name, layer = undone[0]
+        self._tell(
+            "requires_grad",
+            f"something set requires_grad on {len(undone)} parameters of frozen layers ({name!r} of "
+            f"{layer!r} first); it is undone in each step, and they are not trained. To train them, "
+            "choose a plan that does not freeze them, or call release()",
+        )
+
+    def _tell_over(self) -> None:
+        self._tell(
+            "over",
+            f"the run goes on after its total_steps = {self.total_steps} steps: these updates "
+            "change no parameter. Give FreezeOut as many total_steps as the loop makes",
+        )
+
+    def _tell(self, kind: str, message: str) -> None:
+        if kind not in self._told:
+            self._told.add(kind)
+            warnings.warn(message, stacklevel=4)
 
     def _watch_updates(self, watch: UpdateWatch) -> None:
         updates = sum(optimizer.updates for optimizer in self._optimizers)
@@ -381,22 +520,50 @@ class FreezeOut:
             self._watch = None
 
     def _configuration(self) -> dict[str, Any]:
-        schedule = asdict(self.schedule)
-        times = schedule["times"]
         return {
             "total_steps": self.total_steps,
             "freeze_every": self.freeze_every,
             "anneal": self.anneal,
-            "schedule": {**schedule, "times": None if times is None else list(times)},
+            "plan": plain(self._plan.describe()),
             "layers": [layer.name for layer in self.layers],
         }
 
-    def _record_duration(self, depth: int) -> None:
-        now = time.perf_counter()
-        self._counts[depth] = self._counts.get(depth, 0) + 1
-        if self._clock is not None:
-            self._seconds.setdefault(depth, deque(maxlen=_SAMPLES)).append(now - self._clock)
-        self._clock = now
+
+def thaw(model: nn.Module) -> bool:
+    """Make an ordinary model of one that still carries freezing, after an interrupted run, say:
+    whatever drives it is released, every parameter that was trained trains again, and modules have
+    the mode that they were last asked to have. What the user froze himself stays so.
+
+    Returns:
+        Whether anything was frozen.
+    """
+    found = False
+    modules = set(model.modules())
+    for freezer in list(_DRIVING):
+        if not modules.isdisjoint(freezer.model.modules()):
+            found |= freezer.num_frozen > 0
+            freezer.release()
+    return take_off(model) or found
+
+
+def _take_over(model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
+    """Thaw a model that an earlier FreezeOut has left frozen, and say so. InvalidValue if the
+    optimizers were built without what was frozen."""
+    still = {parameter for parameter in model.parameters() if not parameter.requires_grad}
+    if not thaw(model):
+        return
+    held = _held(optimizers)
+    for name, parameter in model.named_parameters():
+        if parameter in still and parameter.requires_grad and parameter not in held:
+            raise InvalidValue(
+                f"the optimizer does not hold parameter {name!r}, which an earlier FreezeOut had "
+                "left frozen; it trains again now: build the optimizer once more"
+            )
+    warnings.warn(
+        "an earlier FreezeOut had left the model frozen in part; all of it trains again now. Use "
+        "`with FreezeOut(...) as freezer:`, or call release() when a run ends",
+        stacklevel=4,
+    )
 
 
 def _ready_layers(layers: Any) -> list[Layer]:
@@ -405,24 +572,55 @@ def _ready_layers(layers: Any) -> list[Layer]:
     return given if all(isinstance(layer, Layer) for layer in given) else []
 
 
-def _counted(found: list[Layer], optimizers: Sequence[Optimizer]) -> list[Layer]:
-    """The layers that count: those with a parameter that an optimizer trains. Others are joined
-    to the next one that has; after the last, to that."""
-    held = {
-        p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]
-    }
-    counted: list[Layer] = []
-    waiting: list[Layer] = []
-    for layer in found:
-        waiting.append(layer)
-        if any(p.requires_grad and p in held for p in layer.parameters):
-            counted.append(merged(layer.name, waiting))
-            waiting = []
-    if not counted:
+def _held(optimizers: Sequence[Optimizer]) -> set[nn.Parameter]:
+    return {p for each in optimizers for group in each.param_groups for p in group["params"]}
+
+
+def _counted(
+    found: list[Layer], optimizers: Sequence[Optimizer], keep_awake: bool
+) -> tuple[list[Layer], int]:
+    """The layers that count, and how many of them, the first ones, the user froze. Others in which
+    no optimizer trains anything are joined to the next one; after the last, to that."""
+    held = _held(optimizers)
+    trains = [any(p.requires_grad and p in held for p in layer.parameters) for layer in found]
+    if not any(trains):
         raise InvalidValue(
             "the optimizer holds none of the model's parameters that require gradients "
             "(build it from model.parameters())"
         )
+    given = 0
+    while not keep_awake and not any(p.requires_grad for p in found[given].parameters):
+        given += 1
+    counted = [merged(layer.name, [layer]) for layer in found[:given]]
+    waiting: list[Layer] = []
+    for layer, counts in zip(found[given:], trains[given:], strict=True):
+        waiting.append(layer)
+        if counts:
+            counted.append(merged(layer.name, waiting))
+            waiting = []
     if waiting:
         counted[-1] = merged(counted[-1].name, [counted[-1], *waiting])
-    return counted
+    return counted, given
+
+
+def _tell_given(layers: Sequence[Layer]) -> None:
+    """That layers which the user froze are in evaluation mode, where that makes a difference."""
+    if any(_has_modes(module) for layer in layers for module in layer.modules):
+        warnings.warn(
+            f"{len(layers)} layers in which nothing trains ({layers[0].name!r} to "
+            f"{layers[-1].name!r}) are frozen from the start, their norms and dropout in "
+            "evaluation mode; FreezeOut(..., keep_awake=True) leaves these as they are",
+            stacklevel=3,
+        )
+
+
+def _has_modes(module: nn.Module) -> bool:
+    """Whether it computes otherwise in training: norms with statistics, dropout of any kind."""
+    drops = (getattr(module, name, 0.0) for name in ("p", "drop_prob"))
+    return getattr(module, "running_mean", None) is not None or (
+        "Drop" in type(module).__name__ and any(isinstance(p, float) and p > 0 for p in drops)
+    )
+
+
+def _joined(words: Sequence[str]) -> str:
+    return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)

@@ -74,6 +74,8 @@ class SplitOptimizer:
             beside them (a loss's, say) are trained as the last layer's are.
         factors: gives each layer's learning-rate multiplier, now.
         num_frozen: gives how many layers, from the first, are frozen now.
+        is_over: gives whether the run has ended: then a step changes nothing.
+        names: of each model parameter and of its layer, for errors.
     """
 
     def __init__(
@@ -82,9 +84,13 @@ class SplitOptimizer:
         layer_of: Mapping[nn.Parameter, int],
         factors: Callable[[], Sequence[float]],
         num_frozen: Callable[[], int],
+        is_over: Callable[[], bool],
+        names: Mapping[nn.Parameter, tuple[str, str]],
     ) -> None:
         self.optimizer = optimizer
         self._layer_of, self._factors, self._num_frozen = layer_of, factors, num_frozen
+        self._is_over, self._names = is_over, names
+        self._groups_known = len(optimizer.param_groups)
         self._last = max(layer_of.values())
         # The user's groups while split ones stand in their place, else None.
         self._visible: list[Group] | None = None
@@ -110,6 +116,13 @@ class SplitOptimizer:
         for group in self.optimizer.param_groups:
             for layer in {self._layer(parameter) for parameter in group["params"]}:
                 yield layer, float(group["lr"])
+
+    def state_bytes(self) -> tuple[int, int]:
+        """Bytes of the state that is held, momenta and the like, and of the parameters that it is
+        held for."""
+        states = self.optimizer.state.items()
+        held = [(parameter, list(map(_bytes, state.values()))) for parameter, state in states]
+        return sum(sum(sizes) for _, sizes in held), sum(_bytes(p) for p, sizes in held if sizes)
 
     def drop_state(self, parameters: Iterable[nn.Parameter]) -> None:
         """Forget momenta and the like of parameters that are no longer trained."""
@@ -240,10 +253,11 @@ class SplitOptimizer:
 
     def _refresh(self, groups: list[Group]) -> None:
         """Make the split groups again if the user's groups or the frozen layers have changed."""
-        num_frozen = self._num_frozen()
-        key = num_frozen, [(id(group), len(group["params"])) for group in groups]
+        num_frozen, is_over = self._num_frozen(), self._is_over()
+        key = num_frozen, is_over, [(id(group), *map(id, group["params"])) for group in groups]
         if key == self._key:
             return
+        self._check_added(groups, num_frozen)
         # A checkpoint from before a freeze may have brought back what the freeze dropped.
         self.drop_state(p for p, layer in self._layer_of.items() if layer < num_frozen)
         self._split = []
@@ -253,13 +267,31 @@ class SplitOptimizer:
                 layer = self._layer(parameter)
                 if layer >= num_frozen:
                     layers.setdefault(layer, []).append(parameter)
-            self._split += [_Part(layer, group, layers[layer]) for layer in sorted(layers)]
+            if not is_over:
+                self._split += [_Part(layer, group, layers[layer]) for layer in sorted(layers)]
         if not self._split:  # some optimizers look at their first group, whatever it holds
             self._split = [_Part(self._last, groups[0], [])]
         self._key = key
 
+    def _check_added(self, groups: list[Group], num_frozen: int) -> None:
+        """InvalidValue if a group has been added to train what is frozen."""
+        for group in groups[self._groups_known :]:
+            for parameter in group["params"]:
+                if self._layer(parameter) < num_frozen:
+                    name, layer = self._names[parameter]
+                    raise InvalidValue(
+                        f"a group was added to this {type(self.optimizer).__name__} for parameter "
+                        f"{name!r}, but its layer {layer!r} is frozen and would not be trained; "
+                        "leave the group out, or build FreezeOut anew with a plan that trains it"
+                    )
+        self._groups_known = len(groups)
+
     def _loaded(self, optimizer: Optimizer) -> None:
         self._key = None
+
+
+def _bytes(value: Any) -> int:
+    return value.numel() * value.element_size() if isinstance(value, torch.Tensor) else 0
 
 
 class _Part:

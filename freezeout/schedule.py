@@ -12,14 +12,15 @@ function of numbers and needs the standard library only.
 """
 
 import math
-import operator
 import sys
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from itertools import pairwise
-from typing import Literal, SupportsIndex, get_args
+from typing import Any, Literal, get_args
 
 from .errors import InvalidType, InvalidValue
+from .plan import Frozen, Plan, Timeline
+from .values import fraction, plain, whole_number
 
 HowScale = Literal["linear", "squared", "cubic"]
 POWERS: dict[str, int] = {"linear": 1, "squared": 2, "cubic": 3}
@@ -29,29 +30,20 @@ STEEP = 10.0  # starting rates above this multiple of the base rate earn a warni
 _ROUNDING = 1 - 1e-12
 
 
-def whole_number(name: str, value: object, minimum: int = 1) -> int:
-    """`value` as an int, or an error that says what is allowed (`True` is not a number here)."""
-    if isinstance(value, bool) or not isinstance(value, SupportsIndex):
-        raise InvalidType(f"{name} must be a whole number, got {value!r}")
-    number = operator.index(value)
-    if number < minimum:
-        raise InvalidValue(f"{name} must be at least {minimum}, got {number}")
-    return number
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """Freeze times and learning-rate factors of every layer.
+@dataclass(frozen=True, init=False)
+class Schedule(Plan):
+    """Freeze times and learning-rate factors of every layer: the paper's plan.
 
     Args:
         t_0: linear time at which the first layer freezes, a fraction in (0, 1], *before* it is
             raised to `how_scale`'s power: the default 0.8, cubed, freezes it at 0.512 of the run.
             1 is plain cosine annealing: no layer freezes.
-        how_scale: "linear", "squared" or "cubic": the power of the linear times.
+        how_scale: "linear", "squared" or "cubic" (the default): the power of the linear times.
         scale_lr: start layer i at alpha / t_i, so that every layer's learning rate has the same
             integral over the run, alpha / 2.
-        times: explicit freeze times, one fraction in (0, 1] a layer, never decreasing and ending
-            in 1, in place of `t_0` and `how_scale`.
+        times: explicit freeze times, one fraction in [0, 1] a layer, never decreasing and ending
+            in 1, in place of `t_0` and `how_scale`, which are None then. A layer of time 0 is
+            frozen from the start.
 
     The defaults are the paper's recommendation. A run of `total_steps` steps updates the weights
     at steps 0 ... total_steps - 1, so "step" is also the number of updates already made.
@@ -60,37 +52,55 @@ class Schedule:
     (512, 729, 1000)
     >>> Schedule(t_0=0.5, how_scale="linear").freeze_times(3)
     (0.5, 0.75, 1.0)
-    >>> Schedule(t_0=1).factors(step=500, num_layers=2, total_steps=1000)
+    >>> plan = Schedule(t_0=1)
+    >>> plan.factors(500, plan.timeline(num_layers=2, total_steps=1000))
     (0.5, 0.5)
     """
 
-    t_0: float = 0.8
-    how_scale: HowScale = "cubic"
+    t_0: float | None = 0.8
+    how_scale: HowScale | None = "cubic"
     scale_lr: bool = True
     times: tuple[float, ...] | None = None
 
-    def __post_init__(self) -> None:
-        _check_fraction("t_0", self.t_0)
-        if self.how_scale not in get_args(HowScale):
-            raise InvalidValue(
-                f"how_scale must be 'linear', 'squared' or 'cubic', got {self.how_scale!r}"
-            )
-        if not isinstance(self.scale_lr, bool):
-            raise InvalidType(f"scale_lr must be True or False, got {self.scale_lr!r}")
-        if self.times is not None:
-            if (self.t_0, self.how_scale) != (Schedule.t_0, Schedule.how_scale):
+    def __init__(
+        self,
+        t_0: float | None = None,
+        how_scale: HowScale | None = None,
+        scale_lr: bool = True,
+        times: Sequence[float] | None = None,
+    ) -> None:
+        if times is not None:
+            if t_0 is not None or how_scale is not None:
                 raise InvalidValue("give either times or t_0 and how_scale, not both")
-            object.__setattr__(self, "times", _checked_times(self.times))
+            times = _checked_times(times)
+        else:
+            t_0 = fraction("t_0", 0.8 if t_0 is None else t_0)
+            how_scale = "cubic" if how_scale is None else how_scale
+            if how_scale not in get_args(HowScale):
+                raise InvalidValue(
+                    f"how_scale must be 'linear', 'squared' or 'cubic', got {how_scale!r}"
+                )
+        if not isinstance(scale_lr, bool):
+            raise InvalidType(f"scale_lr must be True or False, got {scale_lr!r}")
+        for name, value in zip(
+            ("t_0", "how_scale", "scale_lr", "times"), (t_0, how_scale, scale_lr, times), strict=True
+        ):
+            object.__setattr__(self, name, value)
 
     def freeze_times(self, num_layers: int) -> tuple[float, ...]:
-        """Freeze times t_i, fractions of the run in (0, 1], never decreasing; the last is 1."""
+        """Freeze times t_i, fractions of the run in [0, 1], never decreasing; the last is 1."""
         n = whole_number("num_layers", num_layers)
         if self.times is not None:
             if len(self.times) != n:
-                raise InvalidValue(f"times has {len(self.times)} entries for {n} layers")
+                raise InvalidValue(
+                    f"times has {len(self.times)} entries for {n} layers (those that are frozen "
+                    "by hand, or from the start, are not counted)"
+                )
             return self.times
-        power = POWERS[self.how_scale]
-        linear = (self.t_0 + (1 - self.t_0) * i / (n - 1) for i in range(n - 1))
+        assert self.t_0 is not None
+        assert self.how_scale is not None
+        t_0, power = self.t_0, POWERS[self.how_scale]
+        linear = (t_0 + (1 - t_0) * i / (n - 1) for i in range(n - 1))
         smallest = sys.float_info.min  # the power of a tiny t_0 must not become zero
         return (*(max(t**power, smallest) for t in linear), 1.0)
 
@@ -106,25 +116,59 @@ class Schedule:
         total = whole_number("total_steps", total_steps)
         every = whole_number("freeze_every", freeze_every)
         steps = (math.ceil(t * total * _ROUNDING) for t in self.freeze_times(num_layers))
-        return tuple(min(total, math.ceil(max(1, f) / every) * every) for f in steps)
+        return tuple(min(total, math.ceil(f / every) * every) for f in steps)
 
-    def factors(
-        self, step: int, num_layers: int, total_steps: int, freeze_every: int = 1
-    ) -> tuple[float, ...]:
+    def timeline(
+        self, num_layers: int, total_steps: int | None, freeze_every: int = 1
+    ) -> Timeline:
+        """When how many layers are frozen (see `Plan`), from `freeze_steps`."""
+        if total_steps is None:
+            raise InvalidValue(
+                "a Schedule freezes at shares of the run, so total_steps must be given; a plan "
+                "that does not need it is Frozen(...)"
+            )
+        steps = self.freeze_steps(num_layers, total_steps, freeze_every)
+        changes = [(step, layer + 1) for layer, step in enumerate(steps)]
+        return Timeline.of(num_layers, total_steps, changes)
+
+    def factors(self, step: int, timeline: Timeline) -> tuple[float, ...]:
         """The multiplier of each layer's learning rate for update number `step`, from 0 (eq. 1).
 
         The time t_i in eq. 1, and in the scaling, is the whole-step one, f_i / total_steps.
         """
-        s = whole_number("step", step, minimum=0)
-        total = whole_number("total_steps", total_steps)
-        return tuple(
-            factor(s, f, total, self.scale_lr)
-            for f in self.freeze_steps(num_layers, total, freeze_every)
+        total, ends = timeline.total_steps, timeline.freeze_steps
+        assert total is not None
+        frozen = timeline.num_frozen(step)
+        return (0.0,) * frozen + tuple(
+            factor(step, total if end is None else end, total, self.scale_lr)
+            for end in ends[frozen:]
         )
 
-    def largest_factor(self, num_layers: int, total_steps: int, freeze_every: int = 1) -> float:
-        """The largest multiplier at the start of the run: 1, or 1 / t_0's power when scaled."""
-        return max(self.factors(0, num_layers, total_steps, freeze_every))
+    def describe(self) -> dict[str, Any]:
+        """Plain values, for checkpoints (see `Plan`)."""
+        return {"plan": "Schedule", **plain(asdict(self))}
+
+
+def read_plan(description: Mapping[str, Any]) -> Plan:
+    """The plan that `describe()` has described, if it is a `Schedule` or a `Frozen`; or the Schedule
+    with the arguments in a mapping without a "plan".
+
+    >>> read_plan({"plan": "Frozen", "first": 2, "then": {"t_0": 0.5}})
+    Frozen(first=2, then=Schedule(t_0=0.5, how_scale='cubic', scale_lr=True, times=None))
+    """
+    options = dict(description)
+    kind = options.pop("plan", "Schedule")
+    kinds: dict[str, type[Schedule | Frozen]] = {"Schedule": Schedule, "Frozen": Frozen}
+    if kind not in kinds:
+        raise InvalidValue(f"a plan of the kind {kind!r} cannot be made from a description; give it")
+    if kind == "Frozen" and options.get("then") is not None:
+        options["then"] = read_plan(options["then"])
+    try:
+        return kinds[kind](**options)
+    except TypeError as error:
+        if isinstance(error, InvalidType):
+            raise
+        raise InvalidValue(f"{dict(description)!r} describes no {kind}: {error}") from error
 
 
 def factor(step: int, freeze_step: int, total_steps: int, scale_lr: bool) -> float:
@@ -139,18 +183,10 @@ def factor(step: int, freeze_step: int, total_steps: int, scale_lr: bool) -> flo
     return 0.5 * scale * (1 + math.cos(math.pi * step / freeze_step))
 
 
-def _check_fraction(name: str, value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise InvalidType(f"{name} must be a number in (0, 1], got {value!r}")
-    if not 0 < value <= 1:  # also false for NaN
-        raise InvalidValue(f"{name} must be in (0, 1], got {value}")
-    return float(value)
-
-
 def _checked_times(times: Sequence[float]) -> tuple[float, ...]:
     if not isinstance(times, Iterable):
         raise InvalidType(f"times must be a sequence of fractions, got {times!r}")
-    checked = tuple(_check_fraction(f"times[{i}]", t) for i, t in enumerate(times))
+    checked = tuple(fraction(f"times[{i}]", t, zero=True) for i, t in enumerate(times))
     if not checked or checked[-1] != 1:
         raise InvalidValue(f"times must end in 1 (the last layer never freezes), got {checked}")
     for i, (before, after) in enumerate(pairwise(checked)):

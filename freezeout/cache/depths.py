@@ -1,5 +1,6 @@
 """`Depths`: behind how many frozen layers activations are kept, decided once, from measurements."""
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -7,7 +8,7 @@ import torch
 
 from ..errors import CheckpointError, InvalidValue
 from ..freezer import FreezeOut
-from ..schedule import whole_number
+from ..values import whole_number
 from .files import FileStore
 from .inputs import Batch
 from .pays import Survey, best_depths, measure_store, survey
@@ -97,17 +98,18 @@ class Depths:
         """How often each key is seen once the first 0 ... n - 1 layers are frozen: in whole passes
         over the data, since views may change between two of them only."""
         freezer, views = self._freezer, len(store.index) / self._samples
-        ends = (0,) * (freezer.num_frozen + 1) + freezer.freeze_steps[freezer.num_frozen :]
-        starts = [max(freezer.step_count, end) for end in ends[: len(freezer.layers)]]
+        if freezer.total_steps is None:  # as long as it takes
+            reached = max(freezer.timeline.depths)
+            return [math.inf if depth <= reached else 0.0 for depth in range(len(freezer.layers))]
+        counts = freezer.timeline.counts(start=freezer.step_count)
+        at_least = [sum(counts[depth:]) for depth in range(len(counts))]
         steps = self._samples / batch.size  # of a pass
-        return [(freezer.total_steps - start) // steps / views for start in starts]
+        return [count // steps / views for count in at_least]
 
     @property
     def reached(self) -> list[int]:
         """Depths that are kept and that the schedule reaches."""
-        freezer = self._freezer
-        deepest = sum(end < freezer.total_steps for end in freezer.freeze_steps)
-        deepest = max(deepest, freezer.num_frozen)
+        deepest = max(self._freezer.timeline.depths)
         return [depth for depth in range(1, deepest + 1) if depth in self]
 
     def record_bytes(self, length: int = 0) -> int:
@@ -136,8 +138,9 @@ class Depths:
             self.chosen = self._checked(state["depths"])
 
     def _checked(self, depths: Iterable[int]) -> frozenset[int]:
-        chosen, count = frozenset(depths), len(self._freezer.layers)
+        chosen = frozenset(whole_number("depths", depth) for depth in depths)
+        count = len(self._freezer.layers)
         for depth in chosen:
-            if not 1 <= whole_number("depths", depth) < max(count, 2):
+            if not 1 <= depth < max(count, 2):
                 raise InvalidValue(f"depths must be in 1..{count - 1}, got {depth}")
         return chosen

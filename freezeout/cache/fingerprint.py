@@ -54,15 +54,19 @@ class Watch:
         # Each parameter, where in the model it stands, and its place in memory.
         self._places: list[tuple[Mapping[str, Tensor | None], str, Tensor, int]] = []
         self._versions = 0
+        self._freezes: list[int] = []  # how often each of the frozen layers has been frozen
 
     def have_changed(self, frozen: int) -> bool:
-        """Whether any has since the last look; `frozen`: how many layers are now."""
-        changed = self._versions != self._sum() or any(
+        """Whether any has since the last look; `frozen`: how many layers are now. A layer that has
+        been thawed and frozen again counts as changed: fused optimizers leave versions alone."""
+        freezes = [layer.freezes for layer in self._layers[:frozen]]
+        again = freezes[: self.frozen] != self._freezes[:frozen]
+        changed = again or self._versions != self._sum() or any(
             home.get(name) is not parameter or parameter.data_ptr() != place
             for home, name, parameter, place in self._places
         )
         if changed or frozen != self.frozen:
-            self.frozen = frozen
+            self.frozen, self._freezes = frozen, freezes
             layers = self._layers[:frozen]
             self._tensors = [
                 tensor
@@ -86,3 +90,4 @@ class Watch:
     def forget(self) -> None:
         """What has been seen does not count any more."""
         self.frozen, self._tensors, self._places, self._versions = 0, [], [], 0
+        self._freezes = []

@@ -85,12 +85,10 @@ def _count(module: nn.Module, kinds: tuple[type[nn.Module], ...]) -> int:
 
 
 def _bare(module: nn.Module) -> nn.Module:
-    """A copy without the hooks and the `train` that freezing put on it."""
+    """A copy without hooks, in evaluation mode."""
     bare = copy.deepcopy(module)
     for part in bare.modules():
         part._forward_hooks.clear()
         part._forward_pre_hooks.clear()
-        for name in ("train", "reset_running_stats"):
-            part.__dict__.pop(name, None)
         part.training = False
     return bare

@@ -18,9 +18,8 @@ from torch.utils._pytree import tree_leaves
 
 from ..clock import seconds_of, wait
 from ..layers import Layer
-from ..layers.trace import _uncompiled
+from ..layers.scratch import scratch, uncompiled
 from .inputs import Batch
-from .scratch import scratch
 from .store import ALIGNMENT, Keys, Store, memory_available
 
 _ROUNDS = 3
@@ -108,10 +107,10 @@ def _events(model: nn.Module, batch: Batch, device: torch.device) -> tuple[float
 
     with ExitStack() as stack:
         stack.enter_context(scratch(model))
-        stack.enter_context(_uncompiled())
+        stack.enter_context(uncompiled())
         for module in model.modules():
             stack.callback(setattr, module, "training", module.training)
-        model.eval()
+            module.training = False
         for module in model.modules():
             for handle in (
                 module.register_forward_pre_hook(before, prepend=True, with_kwargs=True),

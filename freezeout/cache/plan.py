@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
-from ..layers.trace import random_state_kept
+from ..layers.scratch import random_state_kept
 from .inputs import Batch
 from .placeholders import Placeholders, Unservable, holds_placeholder
 

@@ -15,7 +15,7 @@ from .inputs import Batch
 from .placeholders import Placeholders, Unservable, reason_of, tensors_within
 from .plan import ROWS, Call, Plan, Size, TensorSpec
 from .recorder import RealCall, Recorder, Seen, check_draws, probe
-from .scratch import close, equal, generators, scratch
+from ..layers.scratch import close, equal, generators, scratch
 
 
 def make_plan(

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 from ..errors import CacheError, InvalidType, InvalidValue
 from ..freezer import FreezeOut
 from ..layers.trace import sharded_modules
-from ..schedule import whole_number
+from ..values import whole_number
 from .activations import Activations, precision
 from .depths import Depths
 from .files import Damaged
@@ -26,7 +26,7 @@ from .inputs import Batch, check_ids
 from .placeholders import Placeholders, Unservable, reason_of
 from .plan import Plan
 from .planning import check_labels, check_padding, check_plan, make_plan
-from .scratch import close, scratch
+from ..layers.scratch import close, scratch
 from .stats import CacheStats
 from .store import Keys
 from .where import store_for
@@ -318,6 +318,7 @@ class PrefixCache:
         if (held == depth).all():
             tensors = activations.read(depth, batch, keys)
             self.stats.hits += batch.size
+            self.freezer.served()
             return self._serve(plan, batch, tensors)
         fits = activations.make_room(depth, batch, keys, held)
         starts = set(held.tolist())

@@ -9,11 +9,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves
 
 from ..layers import Trace
-from ..layers.trace import _uncompiled
+from ..layers.scratch import close, foreign_generators, generators, scratch, uncompiled
 from .inputs import Batch
 from .placeholders import Unservable, tensors_within
 from .plan import Reached, forward_of, overridden, restore
-from .scratch import close, foreign_generators, generators, scratch
 
 _BELOW_ONE = 1 - 2**-8  # in bfloat16 too
 
@@ -162,7 +161,7 @@ def probe(
     kept = _kept_tensors(frozen)
     trace = Trace()
     recorder = Recorder(model, frozen)
-    with _uncompiled(), trace.listening(model):
+    with uncompiled(), trace.listening(model):
         try:
             recorder.record(few, stop_after=len(calls))
         except Unservable:
@@ -201,7 +200,7 @@ def check_draws(model: nn.Module, frozen: set[nn.Module], batch: Batch, real: Re
     for value in (0, 1):
         again = Recorder(model, frozen)
         try:
-            with scratch(model), torch.no_grad(), _uncompiled(), _Drawing(model, value):
+            with scratch(model), torch.no_grad(), uncompiled(), _Drawing(model, value):
                 again.record(batch, stop_after=len(real.calls))
         except Exception as error:
             raise Unservable(reason) from error

@@ -1,16 +1,17 @@
 """What callbacks of training frameworks have in common."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
 from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
 
-from ..errors import InvalidType, InvalidValue
+from ..errors import InvalidValue
 from ..freezer import FreezeOut
 from ..layers import ExampleInputs
-from ..schedule import Schedule, whole_number
+from ..plan import Plan, check_plan
+from ..schedule import read_plan
+from ..values import plain, whole_number
 
 Part = str | nn.Module
 
@@ -19,11 +20,12 @@ class Adapter:
     """FreezeOut's options, kept until a run has a model and optimizers.
 
     Args:
-        schedule: when layers freeze; a `Schedule`, or its arguments in a mapping.
+        schedule: the plan of what trains when; a `Schedule`, `Frozen` or other `Plan`, or the
+            arguments of a Schedule in a mapping.
         total_steps: optimizer steps in the whole run; None: as many as the trainer says.
         layers: the layers in execution order, each a module or several, or their names as in
             `model.named_modules()`; None: they are found.
-        freeze_every, anneal: as in `FreezeOut`.
+        freeze_every, anneal, keep_awake: as in `FreezeOut`.
         allow_schedule_change: a checkpoint may be of another schedule or length: go on from its
             step with this one (to lengthen a run, say).
 
@@ -33,18 +35,18 @@ class Adapter:
 
     def __init__(
         self,
-        schedule: Schedule | Mapping[str, Any] | None = None,
+        schedule: Plan | Mapping[str, Any] | None = None,
         *,
         total_steps: int | None = None,
         layers: Sequence[Part | Sequence[Part]] | None = None,
         freeze_every: int = 1,
         anneal: bool = True,
+        keep_awake: bool = False,
         allow_schedule_change: bool = False,
     ) -> None:
         if isinstance(schedule, Mapping):
-            schedule = Schedule(**schedule)
-        if schedule is not None and not isinstance(schedule, Schedule):
-            raise InvalidType(f"schedule must be a Schedule, got {type(schedule).__name__}")
+            schedule = read_plan(schedule)
+        check_plan("schedule", schedule)
         if total_steps is not None:
             total_steps = whole_number("total_steps", total_steps)
         self.schedule = schedule
@@ -52,6 +54,7 @@ class Adapter:
         self.layers = layers
         self.freeze_every = whole_number("freeze_every", freeze_every)
         self.anneal = anneal
+        self.keep_awake = keep_awake
         self.allow_schedule_change = allow_schedule_change
         self.freezer: FreezeOut | None = None
 
@@ -77,6 +80,7 @@ class Adapter:
             example_inputs=example_inputs,
             freeze_every=self.freeze_every,
             anneal=self.anneal,
+            keep_awake=self.keep_awake,
         )
         if state is not None:
             try:
@@ -100,11 +104,12 @@ class Adapter:
         names = {} if model is None else {part: name for name, part in model.named_modules()}
         layers = None if self.layers is None else [_named(names, each) for each in self.layers]
         return {
-            "schedule": None if self.schedule is None else asdict(self.schedule),
+            "schedule": None if self.schedule is None else plain(self.schedule.describe()),
             "total_steps": self.total_steps,
             "layers": layers,
             "freeze_every": self.freeze_every,
             "anneal": self.anneal,
+            "keep_awake": self.keep_awake,
             "allow_schedule_change": self.allow_schedule_change,
         }
 
@@ -116,7 +121,7 @@ class Adapter:
         figures = {"freezeout/num_frozen": float(self.freezer.num_frozen)}
         saved = self.freezer.seconds_saved()
         if saved is not None:
-            figures["freezeout/saved_share"] = saved[1]
+            figures["freezeout/saved_share"] = saved.share
         return figures
 
 

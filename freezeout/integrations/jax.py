@@ -25,7 +25,8 @@ import optax
 
 from ..cost import saving
 from ..errors import CheckpointError, FreezeOutError, InvalidType, InvalidValue, LayerOrderError
-from ..schedule import Schedule, factor, whole_number
+from ..schedule import Schedule, factor
+from ..values import whole_number
 from .jax_order import first_out_of_order
 
 PyTree = Any

@@ -20,7 +20,8 @@ import keras
 from keras import ops
 
 from ..errors import FreezeOutError, InvalidType, InvalidValue, LayerOrderError
-from ..schedule import Schedule, whole_number
+from ..schedule import Schedule
+from ..values import whole_number
 
 
 class FreezeOutCallback(keras.callbacks.Callback):  # type: ignore[misc]

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any, get_args
 
 from ..errors import CheckpointError, InvalidType, InvalidValue
-from ..schedule import HowScale, Schedule, whole_number
+from ..schedule import HowScale, Schedule
+from ..values import whole_number
 
 PRECISIONS = ("auto", "fp32", "bf16")
 CACHE_DTYPES = ("auto", "fp32", "bf16", "fp16")

@@ -16,7 +16,7 @@ from statistics import median
 from typing import Any
 
 from ..errors import CheckpointError, FreezeOutError, InvalidValue
-from ..schedule import whole_number
+from ..values import whole_number
 from ..words import first_line
 from .cached import CachedRun
 from .config import TrainConfig

@@ -10,7 +10,7 @@ from torch import nn
 
 from ..errors import InvalidType, InvalidValue
 from .flow import Flow
-from .layer import Layer
+from .layer import Layer, LayerCost
 from .trace import ExampleInputs, Stack, Trace, check_order, last_uses
 
 
@@ -403,9 +403,17 @@ def _layers(
             modules := [module for module in model.modules() if place(module) == i],
             (p for p in model.parameters() if of_parameter.get(p, last) == i),
             (module for module in modules if module not in inner),
+            _cost(modules, trace),
         )
         for i, name in enumerate(names)
     ]
+
+
+def _cost(modules: Iterable[nn.Module], trace: Trace) -> LayerCost | None:
+    if trace.flops is None or not trace.rows:
+        return None
+    flops, saved = (sum(each.get(m, 0) for m in modules) for each in (trace.flops, trace.saved))
+    return LayerCost(flops / trace.rows, saved / trace.rows)
 
 
 def _used_last_by(module: nn.Module, trace: Trace) -> list[nn.Parameter]:

@@ -24,20 +24,20 @@ class Flow:
         self, running: Sequence[nn.Module], taken: Iterable[Any], given: Any, in_place: bool
     ) -> None:
         """One operation: the modules running, what it took and gave, whether it changes any."""
-        sources = {storage for value in taken for storage in _storage(value)}
+        sources = {memory for value in taken for memory in memory_of(value)}
         makers = 0
-        for storage in sources:
-            makers |= self._made_by.get(storage, 0)
+        for memory in sources:
+            makers |= self._made_by.get(memory, 0)
         for module in running:
             self._taken[module] = self._taken.get(module, 0) | makers
         for module in running:
             makers |= self._bit.setdefault(module, 1 << len(self._bit))
         for value in (given,) if isinstance(given, Tensor) else tree_leaves(given):
-            for storage in _storage(value):
-                if storage not in sources:
-                    self._made_by[storage] = makers
+            for memory in memory_of(value):
+                if memory not in sources:
+                    self._made_by[memory] = makers
                 elif in_place:  # and otherwise a view, that nobody made
-                    self._made_by[storage] = self._made_by.get(storage, 0) | makers
+                    self._made_by[memory] = self._made_by.get(memory, 0) | makers
 
     def feeds(self, one: nn.Module, other: nn.Module) -> bool:
         """Whether `other` took anything that was computed from a result of `one`."""
@@ -49,7 +49,7 @@ class Flow:
         return bool(ran) and not any(self.feeds(a, b) for a, b in permutations(ran, 2))
 
 
-def _storage(value: Any) -> tuple[int, ...]:
+def memory_of(value: Any) -> tuple[int, ...]:
     """What two tensors of the same memory have in common; nothing for any other value."""
     if not isinstance(value, Tensor):
         return ()

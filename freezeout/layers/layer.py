@@ -2,19 +2,21 @@
 
 import warnings
 from collections.abc import Iterable
-from functools import partial
-from typing import Any
-from weakref import WeakSet
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 from torch.utils.hooks import RemovableHandle
 
-from ..errors import FreezeOutError
+from .marks import Mark, mark_of, stopped, trained_again
 
-# Frozen modules, to tell them from their copies.
-_FROZEN: WeakSet[nn.Module] = WeakSet()
+
+class LayerCost(NamedTuple):
+    """FLOPs of a layer's forward pass, and bytes that autograd keeps of it, for one item."""
+
+    flops: float
+    saved_bytes: float
 
 
 class Layer:
@@ -25,6 +27,8 @@ class Layer:
         modules: every module that goes into evaluation mode with the layer, outermost first.
         parameters: every parameter that stops being trained with it. A parameter shared with
             a later layer is that layer's, so a module here may own parameters that are not.
+        cost: of its forward pass on the example inputs, if one was recorded.
+        freezes: how often it has been frozen: what was computed with it before counts no more.
         boundary: the modules that tensors may enter and leave the layer through: blocks, and
             what contains them (either may be called, or only walked through); all of `modules`
             if not given.
@@ -36,17 +40,16 @@ class Layer:
         modules: Iterable[nn.Module],
         parameters: Iterable[nn.Parameter],
         boundary: Iterable[nn.Module] | None = None,
+        cost: LayerCost | None = None,
     ) -> None:
         self.name = name
         self.modules = tuple(modules)
         self.parameters = tuple(parameters)
         self.boundary = self.modules if boundary is None else tuple(boundary)
-        # While frozen: the parameters that were trained until then, the modules that the user
-        # kept in evaluation mode, and the hooks' handles.
-        self._stopped: tuple[nn.Parameter, ...] = ()
-        self._kept: set[nn.Module] = set()
-        self._handles: list[RemovableHandle] = []
+        self.cost = cost
+        self._handles: list[RemovableHandle] = []  # while frozen
         self.is_frozen = False
+        self.freezes = 0
 
     def __repr__(self) -> str:
         count = sum(p.numel() for p in self.parameters)
@@ -56,88 +59,62 @@ class Layer:
         """Take the layer out of training; nothing happens if it is out already.
 
         Its parameters require no gradient and lose the one they hold; its modules are in
-        evaluation mode *for good*: `train()` on them, on a parent or on a deep or pickled copy
-        does not wake them. What comes in and goes out of them is detached, so that no gradient
-        passes and no autograd node is made, even where an input requires a gradient or a
-        weight shared with a later layer is still trained.
+        evaluation mode *for good*: `train()` on them or on a parent does not wake them. What comes
+        in and goes out of them is detached, so that no gradient passes and no autograd node is
+        made, even where an input requires a gradient or a weight shared with a later layer is
+        still trained. Deep copies and pickles of the model are ordinary, nothing of them frozen.
         """
         if self.is_frozen:
             return
-        self._stopped = tuple(p for p in self.parameters if p.requires_grad)
-        if any(module.training for module in self.modules):
-            self._kept = {module for module in self.modules if not module.training}
         for parameter in self.parameters:
-            parameter.requires_grad_(False)
-            parameter.grad = None
+            stopped(parameter)
         for module in self.modules:
-            module.training = False
-            # In the instance's dictionary, where copies and pickles of the model keep it.
-            module.__dict__["train"] = partial(_stay_in_evaluation, module)
-            if hasattr(module, "reset_running_stats"):
-                module.__dict__["reset_running_stats"] = partial(_reset_if_copy, module)
-            _FROZEN.add(module)
+            Mark(module, self).put_on()
         for module in self.boundary:
             self._handles += [
                 module.register_forward_pre_hook(_detach_inputs, with_kwargs=True),
                 module.register_forward_hook(_detach_output),
             ]
         self.is_frozen = True
+        self.freezes += 1
 
-    def unfreeze(self, training: bool) -> None:
-        """Undo `freeze()`: parameters require gradients again where they did before it, and the
-        modules are put in training or evaluation mode, but for those that the user had kept in
-        evaluation mode while others trained."""
+    def unfreeze(self) -> None:
+        """Undo `freeze()`: parameters require gradients again where they did before it, and each
+        module is in the mode that it was last asked to have: what `train()` and `eval()` were
+        called for in the meantime has not been forgotten."""
         if not self.is_frozen:
             return
-        for parameter in self._stopped:
-            parameter.requires_grad_(True)
+        for parameter in self.parameters:
+            trained_again(parameter)
         for handle in self._handles:
             handle.remove()
         for module in self.modules:
-            del module.__dict__["train"]
-            module.__dict__.pop("reset_running_stats", None)
-            _FROZEN.discard(module)
-            module.training = training and module not in self._kept
-        self._stopped, self._kept, self._handles, self.is_frozen = (), set(), [], False
+            if (mark := mark_of(module)) is not None:
+                mark.take_off()
+        self._handles, self.is_frozen = [], False
+
+    def hold(self) -> list[nn.Parameter]:
+        """The parameters that were made to require a gradient again behind the freeze's back; they
+        require none now, and have none."""
+        undone = [p for p in self.parameters if p.requires_grad] if self.is_frozen else []
+        for parameter in undone:
+            parameter.requires_grad_(False)
+            parameter.grad = None
+        return undone
 
 
 def merged(name: str, layers: Iterable[Layer]) -> Layer:
     """One layer of several, under the name given."""
     layers = list(layers)
+    costs = [layer.cost for layer in layers]
+    known = [cost for cost in costs if cost is not None]
     return Layer(
         name,
         (module for layer in layers for module in layer.modules),
         (parameter for layer in layers for parameter in layer.parameters),
         (module for layer in layers for module in layer.boundary),
+        LayerCost(*map(sum, zip(*known, strict=True))) if known and len(known) == len(costs) else None,
     )
-
-
-# Module-level functions, not closures or methods: copies and pickles of the model must carry
-# them without carrying a Layer.
-
-
-def _stay_in_evaluation(module: nn.Module, mode: bool = True) -> nn.Module:
-    """Stands in for a frozen module's `train`: children that are not frozen still follow."""
-    module.training = False
-    for child in module.children():
-        child.train(mode)
-    return module
-
-
-def _reset_if_copy(module: nn.Module) -> None:
-    """Stands in for a frozen norm's `reset_running_stats`, which `update_bn` calls.
-
-    A copy (an averaged model's) has other weights than the frozen ones, and so needs statistics
-    of its own: it wakes up. Those of the model in training are frozen."""
-    if module in _FROZEN:
-        raise FreezeOutError(
-            f"the statistics of a frozen {type(module).__name__} were to be reset: update_bn() on "
-            "a model with frozen layers would leave them at zero; call it on an averaged copy, or "
-            "call FreezeOut.release() first"
-        )
-    for name in ("train", "reset_running_stats"):
-        del module.__dict__[name]
-    module.reset_running_stats()  # type: ignore[operator]
 
 
 def detached(value: Any) -> Any:

@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -10,11 +10,14 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
 from torch.utils.hooks import RemovableHandle
 
 from ..errors import InvalidValue, LayerOrderError
 from ..words import first_line
-from .flow import Flow
+from .flow import Flow, memory_of
+from .marks import copied_plainly
+from .scratch import scratch, uncompiled
 
 if TYPE_CHECKING:
     from .layer import Layer
@@ -35,6 +38,10 @@ class Trace:
             use is an operation that takes the parameter, wherever it is called from.
         starts: every (time, module) at which a module started to run.
         flow: which modules fed which; None if no forward pass was seen.
+        flops, saved: of each module that was the innermost one running, the FLOPs of its forward
+            pass and the bytes that autograd kept of it; None if no forward pass was seen, or they
+            could not be counted.
+        rows: items in the batch that was seen, 0 if it is not known.
     """
 
     def __init__(self, flow: Flow | None = None) -> None:
@@ -42,6 +49,9 @@ class Trace:
         self.uses: dict[nn.Parameter, tuple[int, Stack]] = {}
         self.starts: list[tuple[int, nn.Module]] = []
         self.flow = flow
+        self.flops: dict[nn.Module, int] | None = None if flow is None else {}
+        self.saved: dict[nn.Module, int] = {}
+        self.rows = 0
         self._time = 0
         self._running: list[nn.Module] = []
 
@@ -65,7 +75,8 @@ class Trace:
         buffers, random state and gradients are as before."""
         trace = cls.recorder()
         args, kwargs = call_arguments(example_inputs)
-        with _undisturbed(model), trace.listening(model):
+        trace.rows = rows_of(args, kwargs)
+        with _undisturbed(model), trace.listening(model), trace.weighing(model):
             try:
                 model(*args, **kwargs)
             except Exception as error:
@@ -99,6 +110,40 @@ class Trace:
     def _use(self, parameter: nn.Parameter) -> None:
         self._time += 1
         self.uses[parameter] = (self._time, tuple(self._running))
+
+    def count(self, func: Any, args: Any, kwargs: Any, given: Any) -> None:
+        """The FLOPs of an operation, by torch's own formulas, for the innermost module."""
+        formula = flop_registry.get(func._overloadpacket)
+        if formula is None or self.flops is None or not self._running:
+            return
+        module = self._running[-1]
+        try:
+            flops = formula(*args, **kwargs, out_val=given)
+        except Exception:  # a formula that does not know these arguments
+            self.flops = None
+        else:
+            self.flops[module] = self.flops.get(module, 0) + int(flops)
+
+    @contextmanager
+    def weighing(self, model: nn.Module) -> Iterator[None]:
+        """Record what autograd keeps of each module inside the `with` block."""
+        fixed = {
+            memory
+            for each in (*model.parameters(), *model.buffers())
+            for memory in memory_of(each)
+        }
+
+        def pack(tensor: torch.Tensor) -> torch.Tensor:
+            mine = memory_of(tensor)
+            if self._running and mine and mine[0] not in fixed:
+                fixed.add(mine[0])  # of tensors that share memory, the first
+                module = self._running[-1]
+                size = tensor.untyped_storage().nbytes()
+                self.saved[module] = self.saved.get(module, 0) + size
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            yield
 
     @contextmanager
     def listening(self, model: nn.Module, running: bool = False) -> Iterator[None]:
@@ -151,6 +196,7 @@ class _UseListener(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if self._trace.flow is not None:
             in_place = func._schema.is_mutable
             self._trace.flow.record(self._trace._running, taken, given, in_place)
+            self._trace.count(func, args, kwargs or {}, given)
         return given
 
     def _use_unsharded(self, value: nn.Parameter) -> None:
@@ -192,51 +238,25 @@ def call_arguments(example_inputs: ExampleInputs) -> tuple[tuple[Any, ...], dict
             return (example_inputs,), {}
 
 
+def rows_of(*values: Any) -> int:
+    """Items in a batch: the first size of the first tensor that has one; 0: there is none."""
+    tensors = (value for value in tree_leaves(values) if isinstance(value, torch.Tensor))
+    return next((len(tensor) for tensor in tensors if tensor.ndim), 0)
+
+
 @contextmanager
 def _undisturbed(model: nn.Module) -> Iterator[None]:
     """Evaluation mode inside; modes, buffers and random state as before afterwards."""
-    modes = {module: module.training for module in model.modules()}
-    buffers = [
-        (module, name, buffer, None if buffer is None else buffer.clone())
-        for module in modes
-        for name, buffer in module._buffers.items()
-    ]
     with ExitStack() as stack:
-        stack.enter_context(random_state_kept(model))
-        stack.enter_context(_uncompiled())
+        stack.enter_context(scratch(model))
+        stack.enter_context(uncompiled())
         stack.enter_context(torch.enable_grad())
-        try:
-            model.eval()
-            yield
-        finally:
-            for module in sharded_modules(model):
-                module.reshard()  # the root keeps whole parameters after a forward pass
-            for module, training in modes.items():
-                module.training = training
-            with torch.no_grad():
-                for module, name, buffer, value in buffers:
-                    if buffer is not None and value is not None:
-                        buffer.copy_(value)
-                    module._buffers[name] = buffer
-
-
-@contextmanager
-def random_state_kept(model: nn.Module) -> Iterator[None]:
-    """Random state, on the CPU and the model's devices, as before afterwards."""
-    devices = {p.device for p in model.parameters() if p.device.type not in ("cpu", "meta")}
-    with ExitStack() as stack:
-        for kind in {device.type for device in devices} or {"cpu"}:
-            numbers = [d.index for d in devices if d.type == kind]
-            stack.enter_context(
-                torch.random.fork_rng(numbers, device_type=kind if kind != "cpu" else "cuda")
-            )
+        for module in model.modules():
+            stack.callback(setattr, module, "training", module.training)
+            module.training = False
+        for module in sharded_modules(model):
+            stack.callback(module.reshard)  # the root keeps whole parameters after a forward pass
         yield
-
-
-def _uncompiled() -> AbstractContextManager[Any]:
-    """A compiled module would run its graph, or compile one, unseen by the listener."""
-    compiled = "torch._dynamo" in sys.modules
-    return torch.compiler.set_stance("force_eager") if compiled else nullcontext()
 
 
 def last_uses(layers: "Sequence[Layer]", trace: Trace) -> list[int | None]:
@@ -267,6 +287,7 @@ class OrderCheck:
         self._layers = layers
         self._trace = Trace()
         self._recording: ExitStack | None = None
+        copied_plainly(model)
         self._handles = [
             model.register_forward_pre_hook(self._before, prepend=True),
             model.register_forward_hook(self._after, always_call=True),
@@ -277,7 +298,7 @@ class OrderCheck:
             return
         if model.training and torch.is_grad_enabled() and self._recording is None:
             self._recording = ExitStack()
-            self._recording.enter_context(_uncompiled())
+            self._recording.enter_context(uncompiled())
             self._recording.enter_context(self._trace.listening(model, running=True))
 
     def _after(self, model: nn.Module, args: object, output: object) -> None:

@@ -27,7 +27,9 @@ from ..errors import InvalidType, InvalidValue
 from ..freezer import FreezeOut
 from ..layers import ExampleInputs, Layer
 from ..layers.layer import detached
-from ..layers.trace import call_arguments, random_state_kept
+from ..layers.names import from_names, to_names
+from ..layers.scratch import random_state_kept
+from ..layers.trace import call_arguments
 
 _NUMBERS = count()
 
@@ -91,7 +93,7 @@ def allow_stages(freezer: FreezeOut) -> int:
             "a compiled forward pass cannot check the order of the layers: build the FreezeOut "
             "with example_inputs="
         )
-    graphs = 1 + len({end for end in freezer.freeze_steps if end < freezer.total_steps})
+    graphs = len(freezer.timeline.depths)
     _raise_limits(graphs)
     torch._dynamo.config.skip_nnmodule_hook_guards = False
     return graphs
@@ -170,16 +172,15 @@ def _call(
 
 def _visit(freezer: FreezeOut, kinds: _Kinds, ahead: ExampleInputs) -> None:
     """Train a copy of the model for a step at every depth that is still to come."""
-    model, layers = copy.deepcopy((freezer.model, freezer.layers))
+    model = copy.deepcopy(freezer.model)  # an ordinary one, nothing frozen
+    layers = from_names(model, to_names(freezer.model, freezer.layers))
     kinds.compile(model, layers)
     if not model.training:
         model.train()
     args, kwargs = call_arguments(ahead)
-    to_come = {end for end in freezer.freeze_steps if freezer.step_count < end}
-    depths = {sum(end <= step for end in freezer.freeze_steps) for step in to_come}
-    depths = {max(depth, freezer.num_frozen) for depth in depths if depth < len(layers)}
+    to_come = {k for step, k in freezer.timeline.changes if step > freezer.step_count}
     with random_state_kept(model), torch.enable_grad():
-        for depth in sorted({freezer.num_frozen, *depths}):
+        for depth in sorted({freezer.num_frozen, *to_come}):
             for layer in layers[:depth]:
                 layer.freeze()
             outputs = [

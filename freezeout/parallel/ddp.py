@@ -100,10 +100,9 @@ def check_ranks_agree(freezer: FreezeOut, group: dist.ProcessGroup | None = None
     different steps would otherwise wait for each other until the process group's timeout.
     """
     state = freezer.state_dict()
-    state = {k: v for k, v in state.items() if k not in ("seconds", "counts")}  # measured
     layers = dict(enumerate(state.pop("layers")))
     names = {f"layer {i}": name for i, name in layers.items()}
-    check_equal({**state.pop("schedule"), **state, "layers": len(layers), **names}, group)
+    check_equal({**state.pop("plan"), **state, "layers": len(layers), **names}, group)
 
 
 def check_equal(values: Mapping[str, Any], group: dist.ProcessGroup | None = None) -> None:

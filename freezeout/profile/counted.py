@@ -21,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ..errors import FreezeOutError, InvalidValue
 from ..layers import Layer
-from ..layers.trace import random_state_kept
+from ..layers.scratch import random_state_kept
 
 # Nodes whose FLOPs are shared equally by the gradients of these inputs: the two factors of a
 # product. Other nodes compute all or nothing.

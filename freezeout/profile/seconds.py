@@ -113,13 +113,11 @@ def _stopping_at(layer: Layer) -> Iterator[None]:
 
 @contextmanager
 def unfrozen(layers: Sequence[Layer]) -> Iterator[Callable[[], None]]:
-    """For a block that freezes layers: gives what unfreezes all of them, in the mode that they
-    had at first, and does so in the end."""
-    training = layers[-1].modules[0].training
+    """For a block that freezes layers: gives what unfreezes all of them, and does so in the end."""
 
     def unfreeze() -> None:
         for layer in layers:
-            layer.unfreeze(training)
+            layer.unfreeze()
 
     try:
         yield unfreeze

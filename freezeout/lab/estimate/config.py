@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ...errors import InvalidType, InvalidValue
-from ...schedule import HowScale, Schedule, whole_number
+from ...schedule import HowScale, Schedule
+from ...values import whole_number
 from ..config import PRECISIONS, check_number
 
 _TIME = re.compile(r"(?=.)(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m)?(?:(\d+(?:\.\d+)?)s)?")

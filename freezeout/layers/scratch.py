@@ -1,21 +1,22 @@
 """Forward passes that leave no mark on a model, and when two tensors are the same."""
 
 import random
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.grad_mode import _unsafe_preserve_version_counter
-
-from ..layers.trace import random_state_kept
 
 
 @contextmanager
 def scratch(model: nn.Module) -> Iterator[None]:
-    """Forward passes that leave no trace: buffers and generators are put back."""
+    """Forward passes that leave no mark: buffers and generators are put back, and a backward pass
+    that is still to come from before is not disturbed."""
     buffers = [
         (module, name, buffer, None if buffer is None else buffer.clone())
         for module in model.modules()
@@ -32,10 +33,31 @@ def scratch(model: nn.Module) -> Iterator[None]:
                 for module, name, buffer, kept in buffers:
                     module._buffers[name] = buffer
                     # Norms change theirs without a new version; frozen ones keep the old.
-                    if buffer is not None and kept is not None and not equal(buffer, kept):
+                    if buffer is None or kept is None or isinstance(buffer, FakeTensor):
+                        continue
+                    if not buffer.is_meta and not equal(buffer, kept):
                         # A backward pass that is still to come may have saved it.
                         with _unsafe_preserve_version_counter(buffer):
                             buffer.copy_(kept)
+
+
+@contextmanager
+def random_state_kept(model: nn.Module) -> Iterator[None]:
+    """Random state, on the CPU and the model's devices, as before afterwards."""
+    devices = {p.device for p in model.parameters() if p.device.type not in ("cpu", "meta")}
+    with ExitStack() as stack:
+        for kind in {device.type for device in devices} or {"cpu"}:
+            numbers = [d.index for d in devices if d.type == kind]
+            stack.enter_context(
+                torch.random.fork_rng(numbers, device_type=kind if kind != "cpu" else "cuda")
+            )
+        yield
+
+
+def uncompiled() -> AbstractContextManager[Any]:
+    """A compiled module would run its graph, or compile one, unseen by the listener."""
+    compiled = "torch._dynamo" in sys.modules
+    return torch.compiler.set_stance("force_eager") if compiled else nullcontext()
 
 
 def generators(model: nn.Module) -> list[bytes]:

@@ -1,0 +1,191 @@
+"""What FreezeOut puts on a model's modules and parameters, and how it comes off again.
+
+While a layer is frozen, its modules carry a `Mark` and hooks, and its parameters remember that they
+were trained. Copies and pickles of the model come without all that: they are what `release()`
+would give, and a pickle loads where this package is not installed.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from ..errors import FreezeOutError
+
+if TYPE_CHECKING:
+    from .layer import Layer
+
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks")
+# Beside each dictionary of hooks: what is remembered of some of them, by the same numbers.
+_BESIDE = {
+    "_forward_pre_hooks": ("_forward_pre_hooks_with_kwargs",),
+    "_forward_hooks": ("_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
+}
+_COPYING = "__reduce_ex__"  # what both copy.deepcopy and pickle ask an object itself for
+
+
+class Mark:
+    """On a frozen module: it stays in evaluation mode, whatever `train()` is called for, and
+    remembers the mode that it was meant to have."""
+
+    def __init__(self, module: nn.Module, layer: "Layer") -> None:
+        self.module, self.layer = module, layer
+        self.meant = module.training
+        # The user's own attributes of the instance that the mark's stand in the place of.
+        self._own: dict[str, Any] = {}
+
+    def put_on(self) -> None:
+        """Put the module into evaluation mode for good."""
+        self._replace("train", self.train)
+        if hasattr(self.module, "reset_running_stats"):
+            self._replace("reset_running_stats", self.reset_running_stats)
+        copied_plainly(self.module)
+        self.module.training = False
+
+    def take_off(self) -> None:
+        """Give the module back, in the mode that it was last asked to have."""
+        without = self.removed(vars(self.module))
+        for name in ("train", "reset_running_stats"):
+            self.module.__dict__.pop(name, None)
+            if name in without:
+                self.module.__dict__[name] = without[name]
+        self.module.training = self.meant
+        if not any(map(_is_ours, _hooks(self.module))):
+            self.module.__dict__.pop(_COPYING, None)
+
+    def removed(self, state: dict[str, Any]) -> dict[str, Any]:
+        """A module's attributes as they would be without the mark."""
+        without = {name: value for name, value in state.items() if not _is_of_mark(value)}
+        return {**without, **self._own, "training": self.meant}
+
+    def train(self, mode: bool = True) -> nn.Module:
+        """Stands in for the module's: children that are not frozen still follow."""
+        self.meant = bool(mode)
+        self.module.training = False
+        for child in self.module.children():
+            child.train(mode)
+        return self.module
+
+    def reset_running_stats(self) -> None:
+        """Stands in for a norm's, which `update_bn` calls."""
+        raise FreezeOutError(
+            f"the statistics of a frozen {type(self.module).__name__} were to be reset: update_bn() "
+            "on a model with frozen layers would leave them at zero; call it on an averaged copy, "
+            "or call FreezeOut.release() first"
+        )
+
+    def _replace(self, name: str, value: Any) -> None:
+        own = vars(self.module)
+        if name in own:
+            self._own[name] = own[name]
+        own[name] = value  # past __setattr__
+
+
+def mark_of(module: nn.Module) -> Mark | None:
+    """The mark that a frozen module carries."""
+    mark = getattr(vars(module).get("train"), "__self__", None)
+    return mark if isinstance(mark, Mark) else None
+
+
+def copied_plainly(module: nn.Module) -> None:
+    """From now on, copies and pickles of the module come without marks and hooks."""
+    vars(module)[_COPYING] = partial(_reduced, module)
+
+
+def take_off(model: nn.Module) -> bool:
+    """Take everything of ours off the model's modules and parameters; whether anything was
+    frozen. Layers that they were frozen with are thawed as a whole."""
+    layers = {mark.layer for module in model.modules() if (mark := mark_of(module))}
+    for layer in layers:
+        layer.unfreeze()
+    found = bool(layers)
+    for module in model.modules():
+        if (mark := mark_of(module)) is not None:  # a copy's, made past `__reduce_ex__`
+            mark.module = module
+            mark.take_off()
+            found = True
+        for name, value in _without_hooks(vars(module)).items():
+            getattr(module, name).clear()
+            getattr(module, name).update(value)
+        vars(module).pop(_COPYING, None)
+    for parameter in model.parameters():
+        found |= _COPYING in vars(parameter)
+        trained_again(parameter)
+    return found
+
+
+# --- parameters -----------------------------------------------------------------------------
+
+
+def stopped(parameter: nn.Parameter) -> None:
+    """End the parameter's training; copies and pickles of it are trained."""
+    if parameter.requires_grad:
+        parameter.requires_grad_(False)
+        vars(parameter)[_COPYING] = partial(_of_trained, parameter, _COPYING)
+        vars(parameter)["__deepcopy__"] = partial(_of_trained, parameter, "__deepcopy__")
+    parameter.grad = None
+
+
+def trained_again(parameter: nn.Parameter) -> None:
+    """Undo `stopped`: it requires a gradient if it did before."""
+    if vars(parameter).pop(_COPYING, None) is not None:
+        vars(parameter).pop("__deepcopy__", None)
+        parameter.requires_grad_(True)
+
+
+@contextmanager
+def _as_trained(parameter: nn.Parameter) -> Iterator[None]:
+    ours = {name: vars(parameter).pop(name) for name in (_COPYING, "__deepcopy__")}
+    parameter.requires_grad_(True)
+    try:
+        yield
+    finally:
+        parameter.requires_grad_(False)
+        vars(parameter).update(ours)
+
+
+def _of_trained(parameter: nn.Parameter, name: str, argument: Any) -> Any:
+    with _as_trained(parameter):
+        return getattr(parameter, name)(argument)
+
+
+# --- copies of modules ----------------------------------------------------------------------
+
+
+def _reduced(module: nn.Module, protocol: Any) -> Any:
+    """Stands in for the module's `__reduce_ex__`."""
+    reduced = type(module).__reduce_ex__(module, protocol)
+    if not isinstance(reduced, tuple) or len(reduced) < 3 or not isinstance(reduced[2], dict):
+        return reduced
+    state = {name: value for name, value in reduced[2].items() if name != _COPYING}
+    mark = mark_of(module)
+    if mark is not None:
+        state = mark.removed(state)
+    return (*reduced[:2], {**state, **_without_hooks(state)}, *reduced[3:])
+
+
+def _without_hooks(state: dict[str, Any]) -> dict[str, Any]:
+    """Those of a module's dictionaries of hooks that hold ours, without them."""
+    changed: dict[str, Any] = {}
+    for name in _HOOKS:
+        numbers = {number for number, hook in state.get(name, {}).items() if _is_ours(hook)}
+        if numbers:
+            for each in (name, *_BESIDE[name]):
+                kept = {n: value for n, value in state[each].items() if n not in numbers}
+                changed[each] = type(state[each])(kept)
+    return changed
+
+
+def _hooks(module: nn.Module) -> Iterator[Callable[..., Any]]:
+    for name in _HOOKS:
+        yield from vars(module)[name].values()
+
+
+def _is_ours(hook: Any) -> bool:
+    return str(getattr(hook, "__module__", "")).partition(".")[0] == __name__.partition(".")[0]
+
+
+def _is_of_mark(value: Any) -> bool:
+    return isinstance(getattr(value, "__self__", None), Mark)
