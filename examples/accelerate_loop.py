@@ -54,8 +54,8 @@ def main(folder: Path, epochs: int = 4, save_every: int = 10) -> FreezeOut:
     accelerator.register_for_checkpointing(freezer)
     if (checkpoint := last(folder)) is not None:
         accelerator.load_state(str(checkpoint))
-        if freezer.num_frozen and isinstance(model, DistributedDataParallel):
-            model = rewrap(model)
+    if freezer.num_frozen and isinstance(model, DistributedDataParallel):
+        model = rewrap(model)  # it was built when all layers trained
 
     first, done = divmod(freezer.step_count, per_epoch)
     for epoch in range(first, epochs):

@@ -226,10 +226,10 @@ class EngagedCheck:
 def _check_reducer(model: nn.Module) -> None:
     """FreezeOutError if the model runs within a DistributedDataParallel that was built before
     layers were frozen: it would wait for gradients that never come."""
-    ddp = DistributedDataParallel._get_active_ddp_module()
+    ddp = DistributedDataParallel._active_ddp_module
     if ddp is None or ddp.find_unused_parameters or getattr(ddp, "logger", None) is None:
         return
-    awaited = int(ddp._get_ddp_logging_data()["num_parameter_tensors"])
+    awaited = int(ddp._get_ddp_logging_data()["num_parameter_tensors"])  # type: ignore[no-untyped-call]
     given = sum(
         p.requires_grad and name not in ddp.parameters_to_ignore
         for name, p in ddp.module.named_parameters()

@@ -72,6 +72,11 @@ def sweep(
 
     if file is not None and preset is not None:
         raise InvalidValue(f"give either a file or --preset, not both: {file} and {preset}")
+    if file is None and preset is None and not study.names_a_study(options):
+        raise InvalidValue(
+            f"say what to train: a TOML file, --preset {', '.join(study.PRESETS)}, or at least one "
+            "of --models, --datasets and --strategies"
+        )
     name, below = "sweep", StudyOptions()
     if preset is not None:
         name, below = preset, study.preset_options(preset)

@@ -108,7 +108,9 @@ class FreezeOut:
         else:
             found = ready or given_layers(model, layers, example_inputs)
         self.layers, given = _counted(found, optimizers, keep_awake)
-        self._plan, self.timeline = self._bound(given)
+        self._plan, self.timeline = _bound(
+            self.schedule, model, self.layers, given, self.total_steps, self.freeze_every
+        )
         self._step = 0
         self._released = False
         self._factors_at: tuple[int, int] | None = None
@@ -142,21 +144,6 @@ class FreezeOut:
         _DRIVING.add(self)
         if given:
             _tell_given(self.layers[:given])
-
-    def _bound(self, given: int) -> tuple[Plan, Timeline]:
-        """The plan for these layers, the first `given` of which the user froze; and its timeline."""
-        paths = {module: name for name, module in self.model.named_modules()}
-        names = [[paths.get(m, "") for m in layer.modules] for layer in self.layers]
-        plan = self.schedule.resolved(names, given)
-        if given:
-            plan = Frozen(given, then=plan)
-        timeline = plan.timeline(len(self.layers), self.total_steps, self.freeze_every)
-        if (timeline.num_layers, timeline.total_steps) != (len(self.layers), self.total_steps):
-            raise InvalidValue(
-                f"the plan {self.schedule} gave a timeline of {timeline.num_layers} layers and "
-                f"{timeline.total_steps} steps, for {len(self.layers)} and {self.total_steps}"
-            )
-        return plan, timeline
 
     def _check_factors(self, base_rate: float) -> None:
         if not self.anneal:
@@ -205,6 +192,16 @@ class FreezeOut:
                 return change[0]
             step = change[0]
         return None
+
+    @property
+    def is_unfinished(self) -> bool:
+        """Whether something is still planned: layers that freeze or thaw, rates that change."""
+        if self._released or self.total_steps is None:
+            return self.next_freeze is not None
+        return self.timeline.next_change(self._step) is not None or (
+            self._step < self.total_steps
+            and self._factors_for(self._step) != self._factors_for(self.total_steps)
+        )
 
     @property
     def order_pending(self) -> bool:
@@ -281,6 +278,7 @@ class FreezeOut:
             "step": self._step,
             "changes": [list(change) for change in self.timeline.changes],
             **self._configuration(),
+            "num_frozen": self.timeline.num_frozen(self._step),  # for readers; not read here
         }
 
     def load_state_dict(
@@ -529,6 +527,24 @@ class FreezeOut:
         }
 
 
+def frozen_from_start(
+    model: nn.Module,
+    optimizers: Sequence[Optimizer],
+    total_steps: int | None,
+    schedule: Plan | None = None,
+    freeze_every: int = 1,
+    keep_awake: bool = False,
+) -> list[Layer]:
+    """The layers that FreezeOut will freeze at step 0, as far as the order in which modules are
+    defined tells; for frameworks in which it is not built before the first training pass."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        layers, given = _counted(find_layers(model), optimizers, keep_awake)
+    plan = Schedule() if schedule is None else schedule
+    _, timeline = _bound(plan, model, layers, given, total_steps, freeze_every)
+    return layers[: timeline.num_frozen(0)]
+
+
 def thaw(model: nn.Module) -> bool:
     """Make an ordinary model of one that still carries freezing, after an interrupted run, say:
     whatever drives it is released, every parameter that was trained trains again, and modules have
@@ -570,6 +586,29 @@ def _ready_layers(layers: Any) -> list[Layer]:
     """The list, if it is one of layers that have been found before; else an empty one."""
     given = list(layers) if isinstance(layers, Sequence) else []
     return given if all(isinstance(layer, Layer) for layer in given) else []
+
+
+def _bound(
+    schedule: Plan,
+    model: nn.Module,
+    layers: Sequence[Layer],
+    given: int,
+    total_steps: int | None,
+    freeze_every: int,
+) -> tuple[Plan, Timeline]:
+    """The plan for these layers, the first `given` of which the user froze; and its timeline."""
+    paths = {module: name for name, module in model.named_modules()}
+    names = [[paths.get(module, "") for module in layer.modules] for layer in layers]
+    plan = schedule.resolved(names, given)
+    if given:
+        plan = Frozen(given, then=plan)
+    timeline = plan.timeline(len(layers), total_steps, freeze_every)
+    if (timeline.num_layers, timeline.total_steps) != (len(layers), total_steps):
+        raise InvalidValue(
+            f"the plan {schedule} gave a timeline of {timeline.num_layers} layers and "
+            f"{timeline.total_steps} steps, for {len(layers)} and {total_steps}"
+        )
+    return plan, timeline
 
 
 def _held(optimizers: Sequence[Optimizer]) -> set[nn.Parameter]:

@@ -51,7 +51,7 @@ def check(model: nn.Module, inputs: ExampleInputs, depths: int = 4) -> Report:
         batches = [_copied(inputs, 0), _copied(inputs, 1)]  # two samples each
         cache = PrefixCache(freezer, 4, depths="all", budget=2**30)
         for depth in wanted if last else []:
-            freezer.load_state_dict(freezer.state_dict() | {"kept_frozen": depth})
+            freezer.load_state_dict(freezer.state_dict() | {"changes": [[0, depth]]})
             model.train()
             refused = dict(cache._refused)
             for number, batch in enumerate(batches):

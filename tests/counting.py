@@ -58,5 +58,5 @@ def count_literally(
         for parameter in model.parameters():
             parameter.grad = None
     for layer in layers:
-        layer.unfreeze(True)
+        layer.unfreeze()
     return forward, backward, saved

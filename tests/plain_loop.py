@@ -8,11 +8,12 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.optim import Optimizer
 
-from freezeout import FreezeOut, Layer, Schedule
+from freezeout import FreezeOut, Frozen, Layer, Plan, Schedule
 
 from .models import images
 
 EARLY = Schedule(0.4, "linear")
+PLANS: dict[str, Plan] = {"early": EARLY, "start": Frozen(1, then=EARLY)}
 BATCHES = 5  # an epoch
 Row = tuple[int, int, tuple[float, ...]]
 
@@ -54,9 +55,10 @@ def train(
     schedulers: Sequence[Any] = (),
     accumulate: int = 1,
     clip: float | None = None,
+    plan: Plan = EARLY,
 ) -> list[Row]:
     """Train on `images`, whose epochs end with a step; what happened in it after each batch."""
-    freezer = FreezeOut(net, [*optimizers], steps, schedule=EARLY, example_inputs=images(0)[0])
+    freezer = FreezeOut(net, [*optimizers], steps, schedule=plan, example_inputs=images(0)[0])
     rows, batch = [], 0
     while freezer.step_count < steps:
         net.train()

@@ -32,7 +32,7 @@ def write_run(
     total = total_steps or config.steps or config.epochs * STEPS_PER_EPOCH
     ends = [*range(STEPS_PER_EPOCH, total, STEPS_PER_EPOCH), total]
     each = [step_seconds] * len(ends) if isinstance(step_seconds, float) else step_seconds
-    freezes = config.schedule.freeze_steps(5, total)
+    timeline = config.plan.timeline(5, total)
     rows = []
     for epoch, (step, seconds) in enumerate(zip(ends, each, strict=True), 1):
         steps = step - (ends[epoch - 2] if epoch > 1 else 0)
@@ -45,7 +45,7 @@ def write_run(
                 "train_error": 0.1 + worse,
                 "valid_loss": None if error is None else 1.0,
                 "valid_error": None if error is None else error + worse,
-                "frozen_layers": sum(f <= step and f < total for f in freezes),
+                "frozen_layers": timeline.num_frozen(step),
                 "seconds": seconds * steps * 1.1,
                 "step_seconds": seconds,
             }
@@ -53,6 +53,7 @@ def write_run(
     resolved = {
         "epochs": len(ends),
         "total_steps": total,
+        "frozen_from_start": timeline.num_frozen(0),
         "precision": "bf16",
         "prediction": None,
     }

@@ -62,7 +62,7 @@ class Adapter:
         self,
         model: nn.Module,
         optimizers: Optimizer | Iterable[Optimizer],
-        total_steps: int,
+        total_steps: int | None,
         *,
         found: Sequence[Any] | None = None,
         example_inputs: ExampleInputs = None,

@@ -19,8 +19,10 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from ..errors import CheckpointError, FreezeOutError, InvalidValue
-from ..layers import Trace
+from ..freezer import frozen_from_start, thaw
+from ..layers import Layer, Trace
 from ..layers.names import from_names, to_names
+from ..layers.trace import rows_of
 from ..parallel import check_ranks_agree, rewrap
 from .adapter import Adapter
 
@@ -31,7 +33,9 @@ class FreezeOutCallback(Adapter, Callback):
         trainer = Trainer(max_epochs=10, callbacks=[FreezeOutCallback(Schedule(t_0=0.5))])
 
     With automatic and manual optimization, on one device or with the DDP strategy. Layers are
-    found with the module's `example_input_array` if it has one, else in the first training step.
+    found with the module's `example_input_array` if it has one, else in the first training step;
+    those that are frozen from the start are, in that case, told by the order of definition, which
+    the first step then has to bear out.
     Checkpoints hold its state. After `fit` the module is an ordinary one again, everything
     trainable. A batch in which an optimizer made a step counts as one step.
 
@@ -41,6 +45,7 @@ class FreezeOutCallback(Adapter, Callback):
 
     _state: dict[str, Any] | None = None  # of a checkpoint, or of the last fit
     _first: "_FirstStep | None" = None  # the first training step, while it is watched
+    _early: tuple[Layer, ...] = ()  # frozen in it, before FreezeOut is built
     _counted = 0  # trainer.global_step when it was last looked at
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -64,6 +69,7 @@ class FreezeOutCallback(Adapter, Callback):
             )
             self._begin(trainer, pl_module, example_inputs=inputs)
         else:
+            self._freeze_early(trainer, pl_module)
             self._first = _FirstStep(
                 pl_module,
                 trainer.optimizers,
@@ -72,21 +78,62 @@ class FreezeOutCallback(Adapter, Callback):
 
     def _begin(self, trainer: Trainer, pl_module: LightningModule, **how: Any) -> None:
         self._first = None
+        early, self._early = self._early, ()
+        for layer in early:
+            layer.unfreeze()
         wrapper = trainer.strategy.model
         if wrapper is not pl_module and not isinstance(wrapper, DistributedDataParallel):
             raise InvalidValue(
                 "FreezeOutCallback works on one device and with the DDP strategy, not with "
                 f"{type(trainer.strategy).__name__}"
             )
-        total = trainer.estimated_stepping_batches if self.total_steps is None else self.total_steps
-        if not isinstance(total, int) or total < 1:
+        total = self._total(trainer)
+        try:
+            freezer = self._start(pl_module, trainer.optimizers, total, **how)
+        except InvalidValue as error:
+            if total is not None or "total_steps" not in str(error):
+                raise
             raise InvalidValue(
-                "how many steps the run will make is not known: give Trainer(max_steps=...), or "
-                "FreezeOutCallback(total_steps=...)"
-            )
-        freezer = self._start(pl_module, trainer.optimizers, total, **how)
+                f"{error}; how many steps the run will make is not known: give "
+                "Trainer(max_steps=...), or FreezeOutCallback(total_steps=...)"
+            ) from error
         check_ranks_agree(freezer)
-        if freezer.num_frozen:
+        if isinstance(how.get("example_inputs"), Trace):  # the first training pass has been
+            expected = [_parts(layer) for layer in freezer.layers[: freezer.num_frozen]]
+            if expected != [_parts(layer) for layer in early]:
+                raise InvalidValue(
+                    "layers are to be frozen from the start, and the order in which modules are "
+                    "defined does not tell which: give the module an example_input_array"
+                )
+        elif freezer.num_frozen:
+            self._rewrap(trainer)
+
+    def _total(self, trainer: Trainer) -> int | None:
+        total = trainer.estimated_stepping_batches if self.total_steps is None else self.total_steps
+        return total if isinstance(total, int) and total > 0 else None
+
+    def _freeze_early(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Layers that are frozen from the start are so in the first training pass, too."""
+        thaw(pl_module)
+        if self.layers is not None:
+            return
+        try:
+            self._early = tuple(
+                frozen_from_start(
+                    pl_module,
+                    trainer.optimizers,
+                    self._total(trainer),
+                    self.schedule,
+                    self.freeze_every,
+                    self.keep_awake,
+                )
+            )
+        except FreezeOutError:
+            return  # the first step will tell more
+        trained = any(p.requires_grad for layer in self._early for p in layer.parameters)
+        for layer in self._early:
+            layer.freeze()
+        if trained:
             self._rewrap(trainer)
 
     def _rewrap(self, trainer: Trainer) -> None:
@@ -97,7 +144,7 @@ class FreezeOutCallback(Adapter, Callback):
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
         if self._first is not None:
-            self._first.forward_begins()
+            self._first.forward_begins(rows_of(batch))
         if self.freezer is not None:
             self.freezer.forward_begins()
 
@@ -132,7 +179,7 @@ class FreezeOutCallback(Adapter, Callback):
         if self.freezer is None or trainer.should_stop:  # early
             return
         made, planned = self.freezer.step_count, self.freezer.total_steps
-        if made < planned:
+        if self.freezer.is_unfinished:
             warnings.warn(
                 f"the run made {made} steps, but its schedule was for {planned}: layers froze too "
                 f"late, and learning rates did not reach zero; give FreezeOutCallback("
@@ -146,6 +193,9 @@ class FreezeOutCallback(Adapter, Callback):
             self._first = None
         self._state = self.state_dict() or None
         self._end()
+        if self._early:
+            self._early = ()
+            thaw(pl_module)
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
@@ -162,6 +212,10 @@ class FreezeOutCallback(Adapter, Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._state = state_dict
+
+
+def _parts(layer: Layer) -> set[Any]:
+    return {*layer.modules, *layer.parameters}
 
 
 class _FirstStep:
@@ -183,10 +237,12 @@ class _FirstStep:
         for optimizer in optimizers:
             optimizer.step = self._after_closure(optimizer)  # type: ignore[method-assign]
 
-    def forward_begins(self) -> None:
+    def forward_begins(self, rows: int) -> None:
         if self._trace is None and self._recording is None:
             trace, stack = Trace.recorder(), ExitStack()
+            trace.rows = rows
             stack.enter_context(trace.listening(self._module, running=True))
+            stack.enter_context(trace.weighing(self._module))
             self._recording = trace, stack
 
     def forward_ended(self) -> None:

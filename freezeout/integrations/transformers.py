@@ -3,17 +3,20 @@
 trainer = Trainer(model, args, train_dataset=data, callbacks=[FreezeOutTrainerCallback()])
 """
 
+from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 from transformers.training_args import ParallelMode
 
 from ..errors import CheckpointError, FreezeOutError, InvalidValue
+from ..freezer import thaw
 from ..parallel import check_ranks_agree
 from .adapter import Adapter
 
@@ -35,6 +38,18 @@ class FreezeOutTrainerCallback(Adapter, TrainerCallback, ExportableState):
 
     _hook: RemovableHandle | None = None
     freezer_state: dict[str, Any] | None = None  # what a Trainer that restores callbacks sets
+
+    def on_init_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **others: Any,
+    ) -> None:
+        # Before the Trainer builds an optimizer of what requires a gradient.
+        if model is not None:
+            thaw(model)
 
     def on_train_begin(
         self,
@@ -118,6 +133,25 @@ class FreezeOutTrainerCallback(Adapter, TrainerCallback, ExportableState):
                 "freezer_state": None if self.freezer is None else self.freezer.state_dict()
             },
         }
+
+
+def _released_in_the_end(train: Callable[..., Any]) -> Callable[..., Any]:
+    """`Trainer.train`, after which the model is an ordinary one, also after an exception or Ctrl-C,
+    of which the Trainer tells its callbacks nothing."""
+
+    @wraps(train)
+    def released(self: Trainer, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return train(self, *args, **kwargs)
+        finally:
+            for callback in self.callback_handler.callbacks:
+                if isinstance(callback, FreezeOutTrainerCallback):
+                    callback._end()
+
+    return released
+
+
+Trainer.train = _released_in_the_end(Trainer.train)  # type: ignore[method-assign]
 
 
 def _refuse(args: TrainingArguments) -> None:

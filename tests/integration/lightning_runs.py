@@ -1,7 +1,7 @@
 """Lightning modules and runs that tests start, here or in processes of their own:
 
-python -m tests.integration.lightning_runs FOLDER STOP     one run, killed after step STOP
-torchrun ... -m tests.integration.lightning_runs ddp FILE  on two ranks, beside a plain loop
+python -m tests.integration.lightning_runs FOLDER STOP PLAN     one run, killed after step STOP
+torchrun ... -m tests.integration.lightning_runs ddp FILE PLAN  on two ranks, beside a plain loop
 """
 
 import os
@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader
 from freezeout.integrations.lightning import FreezeOutCallback
 from tests.integration.processes import one_rank
 from tests.models import conv_net, images
-from tests.plain_loop import BATCHES, EARLY, update
+from tests.plain_loop import BATCHES, PLANS, update
 
 EPOCHS = 3
 
@@ -114,18 +114,18 @@ class Kill(ModelCheckpoint):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-def one_run(folder: Path, stop: int) -> LightningModule:
+def one_run(folder: Path, stop: int, plan: str = "early") -> LightningModule:
     """Goes on from the last checkpoint in the folder, if there is one."""
     torch.set_num_threads(1)
     saved = sorted(folder.glob("*.ckpt"), key=lambda file: int(file.stem.split("=")[1]))
     module, kill = Classifier(), Kill(folder, stop)
-    run = trainer(FreezeOutCallback(EARLY), kill, enable_checkpointing=True)
+    run = trainer(FreezeOutCallback(PLANS[plan]), kill, enable_checkpointing=True)
     run.fit(module, Batches(), ckpt_path=saved[-1] if saved else None, weights_only=True)
     return module
 
 
 @one_rank()
-def ddp(file: Path) -> None:
+def ddp(file: Path, plan: str) -> None:
     """In each of two ranks: a run in Lightning, one that was stopped and resumed, and torch's own
     DistributedDataParallel in a plain loop; rank by rank, the weights of each."""
     from torch.nn.parallel import DistributedDataParallel
@@ -138,7 +138,7 @@ def ddp(file: Path) -> None:
     found: dict[str, Any] = {}
 
     def lightning(*callbacks: Callback, start: Path | None = None, **options: Any) -> Any:
-        module, callback = Classifier(), FreezeOutCallback(EARLY)
+        module, callback = Classifier(), FreezeOutCallback(PLANS[plan])
         run = trainer(
             callback,
             *callbacks,
@@ -163,7 +163,7 @@ def ddp(file: Path) -> None:
     optimizer = AdamW(net.parameters(), 0.01)
     scheduler = StepLR(optimizer, 4, 0.5)
     freezer = FreezeOut(
-        net, optimizer, EPOCHS * BATCHES, schedule=EARLY, example_inputs=images(0)[0]
+        net, optimizer, EPOCHS * BATCHES, schedule=PLANS[plan], example_inputs=images(0)[0]
     )
     wrapper = DistributedDataParallel(net)
     for step in range(EPOCHS * BATCHES):
@@ -179,6 +179,6 @@ def ddp(file: Path) -> None:
 
 if __name__ == "__main__":
     if sys.argv[1] == "ddp":
-        ddp(Path(sys.argv[2]))
+        ddp(Path(sys.argv[2]), sys.argv[3])
     else:
-        one_run(Path(sys.argv[1]), int(sys.argv[2]))
+        one_run(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3])

@@ -19,7 +19,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers.logger import DummyLogger
 
-from freezeout import FreezeOut, FreezeOutError, Schedule
+from freezeout import FreezeOut, FreezeOutError, Frozen, Plan, Schedule
 from freezeout.errors import CheckpointError, InvalidType, InvalidValue
 from freezeout.integrations.lightning import FreezeOutCallback
 from tests.integration.lightning_runs import (
@@ -32,7 +32,7 @@ from tests.integration.lightning_runs import (
 )
 from tests.integration.processes import KILLED, process, torchrun
 from tests.models import Reversed, conv_net, images, vectors
-from tests.plain_loop import BATCHES, EARLY, Row, row, same
+from tests.plain_loop import BATCHES, EARLY, PLANS, Row, row, same
 from tests.plain_loop import train as plain
 
 pytestmark = [
@@ -132,6 +132,48 @@ def test_equal_to_the_plain_loop(
     assert rows[-1][:2] == (TOTAL, 3)
     assert same(module.net, net)
     assert "val_loss" in run.callback_metrics
+
+
+class Given(Classifier):
+    """As somebody writes it who has never heard of plans."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net[:7].requires_grad_(False)
+
+
+class GivenWithInputs(Given, WithInputs):
+    pass
+
+
+@pytest.mark.parametrize("inputs", [False, True])
+@pytest.mark.parametrize("plan", [Frozen(2), Frozen(up_to="net.5", then=EARLY), None])
+def test_frozen_from_the_start(plan: Plan | None, inputs: bool) -> None:
+    """In the first training pass already: norms count no batch, dropout draws nothing; equal to
+    the plain loop in which FreezeOut is there before it."""
+    kind: type[Classifier] = WithInputs if inputs else Classifier
+    if plan is None:
+        kind = GivenWithInputs if inputs else Given
+    module, net = kind(), start_net()
+    if plan is None:
+        net[:7].requires_grad_(False)  # type: ignore[index]
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "2 layers in which nothing trains")
+        callback, rows = fit(module, FreezeOutCallback(plan or EARLY))
+        optimizer = AdamW(net.parameters(), 0.01)
+        mine = Frozen(2) if plan == Frozen(2) else EARLY if plan is None else Frozen(2, then=EARLY)
+        expected = plain(
+            net, [optimizer], TOTAL, schedulers=[StepLR(optimizer, 4, 0.5)], plan=mine
+        )
+    assert callback.freezer is not None
+    assert callback.freezer.freeze_steps[:2] == (0, 0)
+    assert rows == expected
+    assert same(module.net, net)
+    frozen = [name for name in before if name.startswith(("net.0.", "net.1.", "net.4.", "net.5."))]
+    assert len(frozen) == 14
+    assert all(torch.equal(before[name], module.state_dict()[name]) for name in frozen)
+    assert all(p.requires_grad for p in module.parameters()) is (plan is not None)
 
 
 class Clipped(Classifier):
@@ -266,16 +308,19 @@ def test_bf16_autocast() -> None:
 # --- resuming -------------------------------------------------------------------------------
 
 
-def test_killed_in_an_epoch_and_resumed(tmp_path: Path, whole: tuple[nn.Module, list[Any]]) -> None:
+@pytest.mark.parametrize("plan", PLANS)
+def test_killed_in_an_epoch_and_resumed(tmp_path: Path, plan: str) -> None:
     """By SIGKILL, after the first freeze; equal to a run that was left alone."""
     torch.set_num_threads(1)
     alone = Classifier()
-    fit(alone, data=Batches())
-    ended = process("-m", "tests.integration.lightning_runs", tmp_path, 8)
+    fit(alone, FreezeOutCallback(PLANS[plan]), data=Batches())
+    ended = process("-m", "tests.integration.lightning_runs", tmp_path, 8, plan)
     assert ended.returncode == KILLED, ended.stderr
     saved = torch.load(tmp_path / "step=8.ckpt", weights_only=True)
-    assert saved["callbacks"]["FreezeOutCallback"]["freezer"]["num_frozen"] == 1
-    assert same(one_run(tmp_path, -1), alone)
+    assert saved["callbacks"]["FreezeOutCallback"]["freezer"]["num_frozen"] == (
+        1 if plan == "early" else 2
+    )
+    assert same(one_run(tmp_path, -1, plan), alone)
 
 
 class Backwards(Classifier):
@@ -340,13 +385,15 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
 # --- several processes ----------------------------------------------------------------------
 
 
-def test_two_ranks(tmp_path: Path) -> None:
+@pytest.mark.parametrize("plan", PLANS)
+def test_two_ranks(tmp_path: Path, plan: str) -> None:
     """Under the DDP strategy, whole and resumed, as in a plain loop with DDP and rewrap()."""
-    ended = torchrun("-m", "tests.integration.lightning_runs", "ddp", tmp_path / "found")
+    ended = torchrun("-m", "tests.integration.lightning_runs", "ddp", tmp_path / "found", plan)
     assert ended.returncode == 0, ended.stderr
     ranks = [torch.load(tmp_path / f"found.{rank}", weights_only=True) for rank in range(2)]
     for found in ranks:
-        assert found["summary"] == "froze 3 of 4 layers"
+        start = "" if plan == "early" else ", 1 of them from the start"
+        assert found["summary"] == f"froze 3 of 4 layers{start}"
         for name in ("lightning", "resumed", "plain"):
             expected = ranks[0]["plain"]
             assert all(torch.equal(found[name][key], expected[key]) for key in expected), name
@@ -434,7 +481,7 @@ def test_the_number_of_steps_must_be_known() -> None:
         fit(Classifier(), max_epochs=-1)
     with pytest.raises(InvalidValue, match="total_steps must be at least 1, got 0"):
         FreezeOutCallback(total_steps=0)
-    with pytest.raises(InvalidType, match="schedule must be a Schedule, got str"):
+    with pytest.raises(InvalidType, match="schedule must be a plan, such as .* got str"):
         FreezeOutCallback("cubic")  # type: ignore[arg-type]
     with pytest.raises(InvalidValue, match=r"'net\.99', which is no module of the model"):
         fit(Classifier(), FreezeOutCallback(layers=["net.99"]))

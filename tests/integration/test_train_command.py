@@ -172,7 +172,7 @@ def test_metrics_follow_the_schedule(finished: Path) -> None:
     sizes = [sum(p.numel() for m in layer for p in m.parameters()) for layer in layers]
     for row in read_rows(finished):
         frozen = sum(end <= row["step"] for end in ends[:-1])
-        factors = schedule.factors(row["step"] - 1, LAYERS, TOTAL_STEPS)
+        factors = schedule.factors(row["step"] - 1, schedule.timeline(LAYERS, TOTAL_STEPS))
         rates = [0.1 * factor for factor in factors if factor > 0]
         assert row["frozen_layers"] == frozen
         assert (row["lr_lowest"], row["lr_highest"]) == (min(rates), max(rates))
@@ -192,6 +192,7 @@ def test_config_holds_what_the_run_was_made_of(finished: Path) -> None:
     assert saved["resolved"] == {
         "epochs": EPOCHS,
         "total_steps": TOTAL_STEPS,
+        "frozen_from_start": 0,
         "training_images": 1437,
         "parameters": 2666,
         "device": "cpu",
@@ -291,8 +292,8 @@ def test_constant_time_adds_epochs_until_the_predicted_time_is_the_baselines(
     assert len(read_rows(folder)) == epochs > 3
 
     def missed(epochs: int) -> float:
-        ends = Schedule(0.3, "linear").freeze_steps(LAYERS, epochs * STEPS_PER_EPOCH)
-        return abs(run_cost(costs, ends, epochs * STEPS_PER_EPOCH) - 3 * STEPS_PER_EPOCH * costs[0])
+        line = Schedule(0.3, "linear").timeline(LAYERS, epochs * STEPS_PER_EPOCH)
+        return abs(run_cost(costs, line.counts()) - 3 * STEPS_PER_EPOCH * costs[0])
 
     assert epochs == min(range(1, 30), key=missed)
 
@@ -323,11 +324,10 @@ def test_constant_time_of_a_long_run_is_right_to_the_epoch(monkeypatch: Patch) -
     )
 
     def missed(epochs: int) -> float:
-        steps = epochs * STEPS_PER_EPOCH
-        ends = Schedule(0.3, "linear").freeze_steps(LAYERS, steps)
-        return abs(run_cost(costs, ends, steps) - 40 * STEPS_PER_EPOCH * costs[0])
+        line = Schedule(0.3, "linear").timeline(LAYERS, epochs * STEPS_PER_EPOCH)
+        return abs(run_cost(costs, line.counts()) - 40 * STEPS_PER_EPOCH * costs[0])
 
-    epochs, recorded = lab_job.Job(config).plan()
+    epochs, recorded = lab_job.Job(config).foresee()
     assert recorded == Prediction("measured", tuple(costs))
     assert epochs == min(range(1, 200), key=missed) > 50
 

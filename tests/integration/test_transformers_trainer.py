@@ -15,7 +15,7 @@ from torch.nn.functional import cross_entropy
 pytest.importorskip("accelerate")
 from transformers import TrainerCallback, get_scheduler
 
-from freezeout import FreezeOut, FreezeOutError, Schedule
+from freezeout import FreezeOut, FreezeOutError, Frozen, Plan, Schedule
 from freezeout.errors import CheckpointError, InvalidValue
 from freezeout.integrations.transformers import FreezeOutTrainerCallback
 from tests.integration.processes import KILLED, process, torchrun
@@ -31,7 +31,7 @@ from tests.integration.trainer_runs import (
     one_run,
     trainer,
 )
-from tests.plain_loop import EARLY, Row, row, same, update
+from tests.plain_loop import EARLY, PLANS, Row, row, same, update
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning:transformers"),
@@ -50,9 +50,10 @@ def plain(
     accumulate: int = 1,
     scheduler: str = "constant",
     warmup: int = 0,
+    plan: Plan = EARLY,
 ) -> list[Row]:
     """The plain loop over the batches that the Trainer took, and what happened in it."""
-    freezer = FreezeOut(model, optimizer, steps, schedule=EARLY, example_inputs=batches[0])
+    freezer = FreezeOut(model, optimizer, steps, schedule=plan, example_inputs=batches[0])
     lr_scheduler = get_scheduler(scheduler, optimizer, warmup, steps)
     waiting, rows = iter(batches), []
     for step in range(steps):
@@ -75,11 +76,17 @@ def own_loss(output: Any, batch: Any, taken: Any) -> Tensor:
 
 
 def check(
-    make: Make, folder: Path, *, sequences: bool = False, loss: Any = own_loss, **options: Any
+    make: Make,
+    folder: Path,
+    *,
+    sequences: bool = False,
+    loss: Any = own_loss,
+    plan: Plan = EARLY,
+    **options: Any,
 ) -> FreezeOutTrainerCallback:
     """A run with the Trainer and a plain loop: equal rates, freeze steps and weights."""
     batches: list[dict[str, Tensor]] = []
-    callback = FreezeOutTrainerCallback(EARLY)
+    callback = FreezeOutTrainerCallback(plan)
     history = History(callback)
     run = trainer(
         model := make(),
@@ -105,9 +112,11 @@ def check(
         accumulate=options.get("gradient_accumulation_steps", 1),
         scheduler=str(getattr(run.args.lr_scheduler_type, "value", "constant")),
         warmup=int(run.args.warmup_steps),
+        plan=plan,
     )
     assert history.rows == rows
-    assert rows[-1][:2] == (run.state.max_steps, len(callback.freezer.layers) - 1)
+    assert rows[-1][0] == run.state.max_steps
+    assert rows[-1][1] == max(callback.freezer.timeline.depths) > 0
     assert same(model, other)
     return callback
 
@@ -133,6 +142,66 @@ def test_an_encoder(options: dict[str, Any], tmp_path: Path) -> None:
     assert [layer.name for layer in callback.freezer.layers] == [*BERT, "classifier"]
 
 
+def given() -> nn.Module:
+    """As somebody writes it who has never heard of plans."""
+    model = encoder()
+    model.bert.embeddings.requires_grad_(False)  # type: ignore[union-attr,operator]
+    model.bert.encoder.layer[:2].requires_grad_(False)  # type: ignore[union-attr,index]
+    return model
+
+
+@pytest.mark.filterwarnings("ignore:3 layers in which nothing trains")
+@pytest.mark.parametrize(
+    ("make", "plan"),
+    [
+        (encoder, Frozen(up_to="bert.encoder.layer.1")),
+        (encoder, Frozen(all_but_last=3, then=EARLY)),
+        (given, EARLY),
+    ],
+)
+def test_frozen_from_the_start(make: Make, plan: Plan, tmp_path: Path) -> None:
+    callback = check(make, tmp_path, plan=plan)
+    assert callback.freezer is not None
+    assert callback.freezer.freeze_steps[:4].count(0) == 3
+    first = dict(make().named_parameters())
+    moved = [n for n, p in callback.freezer.model.named_parameters() if not p.equal(first[n])]
+    assert [name for name in first if name not in moved] == [
+        name for name in first if name.startswith((BERT[0], BERT[1], BERT[2]))
+    ]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
+def test_an_interrupted_run_leaves_an_ordinary_model(
+    error: type[BaseException], tmp_path: Path
+) -> None:
+    class Stop(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:
+            if state.global_step == 12:
+                raise error
+
+    model = encoder()
+    callback = FreezeOutTrainerCallback(EARLY)
+    with pytest.raises(error):
+        trainer(model, tmp_path, callback, Stop()).train()
+    assert callback.freezer is not None
+    assert callback.freezer.summary().startswith("froze 4 of 6 layers; made 12 of 15 steps")
+    assert all(p.requires_grad for p in model.parameters())
+    assert not any({"train", "__reduce_ex__"} & {*vars(module)} for module in model.modules())
+
+
+def test_a_model_that_another_run_left_frozen_is_thawed_in_time(tmp_path: Path) -> None:
+    """Before the Trainer builds an optimizer of what requires a gradient."""
+    model = encoder()
+    FreezeOut(model, torch.optim.SGD(model.parameters(), 0.1), None, schedule=Frozen(4))
+    callback = FreezeOutTrainerCallback(EARLY)
+    run = trainer(model, tmp_path, callback)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    run.train()
+    assert callback.freezer is not None
+    assert len(callback.freezer.layers) == 6
+    assert not any(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
 @pytest.mark.parametrize(("make", "names"), [(decoder, GPT), (encoder_decoder, T5)])
 def test_models_whose_output_matrix_is_their_embedding(
     make: Make, names: list[str], tmp_path: Path
@@ -151,14 +220,17 @@ def test_models_whose_output_matrix_is_their_embedding(
     assert [layer.name for layer in callback.freezer.layers] == names
 
 
+@pytest.mark.filterwarnings("ignore:1 layers in which nothing trains")
 def test_lora_adapters_freeze_layer_by_layer(tmp_path: Path) -> None:
     pytest.importorskip("peft")
     callback = check(adapted, tmp_path)
     assert callback.freezer is not None
     layers = callback.freezer.layers
     assert [layer.name.rpartition("bert.")[2] for layer in layers[:-1]] == [
-        f"encoder.layer.{i}" for i in range(3)
+        "embeddings",  # in front of the first adapter: frozen from the start
+        *(f"encoder.layer.{i}" for i in range(3)),
     ]
+    assert callback.freezer.freeze_steps[0] == 0
     trained = [name for name, p in callback.freezer.model.named_parameters() if p.requires_grad]
     assert all("lora" in name or "classifier" in name for name in trained)
 
@@ -191,15 +263,16 @@ def test_accumulation(tmp_path: Path) -> None:
 # --- checkpoints ----------------------------------------------------------------------------
 
 
-def test_killed_and_resumed(tmp_path: Path) -> None:
+@pytest.mark.parametrize("plan", PLANS)
+def test_killed_and_resumed(tmp_path: Path, plan: str) -> None:
     """By SIGKILL in the middle of an epoch, some layers frozen."""
-    whole = one_run(tmp_path / "whole", -1)
-    ended = process("-m", "tests.integration.trainer_runs", tmp_path / "killed", 8)
+    whole = one_run(tmp_path / "whole", -1, plan)
+    ended = process("-m", "tests.integration.trainer_runs", tmp_path / "killed", 8, plan)
     assert ended.returncode == KILLED, ended.stderr
     state = json.loads((tmp_path / "killed" / "checkpoint-8" / "trainer_state.json").read_text())
     saved = state["stateful_callbacks"]["FreezeOutTrainerCallback"]["attributes"]
     assert saved["freezer_state"]["num_frozen"] == 2
-    assert same(one_run(tmp_path / "killed", -1), whole)
+    assert same(one_run(tmp_path / "killed", -1, plan), whole)
     optimizer = torch.load(tmp_path / "killed" / "checkpoint-8" / "optimizer.pt", weights_only=True)
     held = sum(len(group["params"]) for group in optimizer["param_groups"])
     assert 0 < len(optimizer["state"]) < held  # nothing of frozen parameters
@@ -380,12 +453,14 @@ def test_what_would_not_freeze_is_refused(tmp_path: Path, monkeypatch: pytest.Mo
     run.callback_handler.on_train_begin(run.args, run.state, run.control)
 
 
-def test_two_ranks(tmp_path: Path) -> None:
+@pytest.mark.parametrize("plan", PLANS)
+def test_two_ranks(tmp_path: Path, plan: str) -> None:
     """Under the DistributedDataParallel that the Trainer sets up, as in a plain loop with it."""
-    ended = torchrun("-m", "tests.integration.trainer_runs", "ddp", tmp_path / "found")
+    ended = torchrun("-m", "tests.integration.trainer_runs", "ddp", tmp_path / "found", plan)
     assert ended.returncode == 0, ended.stderr
     ranks = [torch.load(tmp_path / f"found.{rank}", weights_only=True) for rank in range(2)]
     for found in ranks:
-        assert found["summary"] == "froze 5 of 6 layers"
+        start = "" if plan == "early" else ", 1 of them from the start"
+        assert found["summary"] == f"froze 5 of 6 layers{start}"
         expected = ranks[0]["plain"]
         assert all(torch.equal(found["trainer"][key], expected[key]) for key in expected)

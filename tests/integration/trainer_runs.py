@@ -1,8 +1,8 @@
 """Small models and runs of Hugging Face's Trainer that tests start, here or in processes of their
 own:
 
-    python -m tests.integration.trainer_runs FOLDER STOP      one run, killed after step STOP
-    torchrun ... -m tests.integration.trainer_runs ddp FILE   on two ranks, beside a plain loop
+    python -m tests.integration.trainer_runs FOLDER STOP PLAN     one run, killed after step STOP
+    torchrun ... -m tests.integration.trainer_runs ddp FILE PLAN  on two ranks, beside a plain loop
 """
 
 import os
@@ -35,7 +35,7 @@ from transformers.utils import logging
 from freezeout import FreezeOut
 from freezeout.integrations.transformers import FreezeOutTrainerCallback
 from tests.integration.processes import one_rank
-from tests.plain_loop import EARLY, Row, row, update
+from tests.plain_loop import PLANS, Row, row, update
 
 EPOCHS, EXAMPLES, BATCH = 3, 20, 4
 STEPS = EXAMPLES // BATCH  # an epoch
@@ -163,14 +163,16 @@ class Kill(TrainerCallback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-def one_run(folder: Path, stop: int, make: Callable[[], nn.Module] = encoder) -> nn.Module:
+def one_run(
+    folder: Path, stop: int, plan: str = "early", make: Callable[[], nn.Module] = encoder
+) -> nn.Module:
     """Goes on from the last checkpoint in the folder, if there is one."""
     torch.set_num_threads(1)
     model = make()
     run = trainer(
         model,
         folder,
-        FreezeOutTrainerCallback(EARLY),
+        FreezeOutTrainerCallback(PLANS[plan]),
         Kill(stop),
         lr_scheduler_type="linear",
         save_strategy="steps",
@@ -181,7 +183,7 @@ def one_run(folder: Path, stop: int, make: Callable[[], nn.Module] = encoder) ->
 
 
 @one_rank()
-def ddp(file: Path) -> None:
+def ddp(file: Path, plan: str) -> None:
     """In each of two ranks: a run of the Trainer, and torch's own DistributedDataParallel in a
     plain loop over the same batches."""
     from torch.nn.parallel import DistributedDataParallel
@@ -189,7 +191,7 @@ def ddp(file: Path) -> None:
     from freezeout.parallel import rewrap
 
     batches: list[dict[str, Tensor]] = []
-    callback = FreezeOutTrainerCallback(EARLY)
+    callback = FreezeOutTrainerCallback(PLANS[plan])
     model = encoder()
     run = trainer(
         model,
@@ -207,7 +209,7 @@ def ddp(file: Path) -> None:
 
     net = encoder()
     optimizer = trainer(net, file.parent).create_optimizer()
-    freezer = FreezeOut(net, optimizer, 10, schedule=EARLY, example_inputs=batches[0])
+    freezer = FreezeOut(net, optimizer, 10, schedule=PLANS[plan], example_inputs=batches[0])
     wrapper = DistributedDataParallel(net)
     for step in range(10):
         torch.manual_seed(step)
@@ -220,6 +222,6 @@ def ddp(file: Path) -> None:
 
 if __name__ == "__main__":
     if sys.argv[1] == "ddp":
-        ddp(Path(sys.argv[2]))
+        ddp(Path(sys.argv[2]), sys.argv[3])
     else:
-        one_run(Path(sys.argv[1]), int(sys.argv[2]))
+        one_run(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3])

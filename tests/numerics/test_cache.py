@@ -529,7 +529,7 @@ def test_placeholders_raise_where_plain_meta_tensors_would_not() -> None:
 
 def test_bottleneck_blocks_of_a_residual_network_leave_no_trace_on_the_model() -> None:
     run = Run(ResNet, images)
-    before = {name: set(vars(module)) for name, module in run.model.named_modules()}
+    before = {name: set(vars(module)) for name, module in ResNet().named_modules()}
     cache = run.cache()
     run.steps(cache)
     run.freezer.release()

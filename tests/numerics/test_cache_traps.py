@@ -76,7 +76,7 @@ def frozen(model: nn.Module, example: Any, depth: int = 2) -> FreezeOut:
     """With the first layers frozen, and rates that leave the others as they are."""
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     freezer = FreezeOut(model, optimizer, 100, example_inputs=example)
-    freezer.load_state_dict(freezer.state_dict() | {"kept_frozen": depth})
+    freezer.load_state_dict(freezer.state_dict() | {"changes": [[0, depth]]})
     model.train()
     return freezer
 
@@ -374,7 +374,7 @@ def test_evaluation_may_come_first(mode: Callable[[], Any]) -> None:
     freezer = FreezeOut(model, optimizer, 100, example_inputs=x)
     cache = PrefixCache(freezer, 6, budget=10**6, depths="all", fold=True)
     for depth in (1, 2):
-        freezer.load_state_dict(freezer.state_dict() | {"kept_frozen": depth})
+        freezer.load_state_dict(freezer.state_dict() | {"changes": [[0, depth]]})
         for training in (False, True):
             model.train(training)
             with mode():
@@ -396,7 +396,7 @@ def test_two_calls_before_one_backward_pass() -> None:
     freezer = FreezeOut(model, optimizer, 100, example_inputs=x)
     cache = PrefixCache(freezer, 12, budget=10**6, depths="all")
     for depth in (1, 2):
-        freezer.load_state_dict(freezer.state_dict() | {"kept_frozen": depth})
+        freezer.load_state_dict(freezer.state_dict() | {"changes": [[0, depth]]})
         model.train()
         cache(x[:6], ids=range(6))
         for _ in range(2):  # the second call is the first of its kind to be served
@@ -430,7 +430,7 @@ def test_layers_that_stay_frozen_under_another_schedule_are_kept() -> None:
     freezer = FreezeOut(model, optimizer, 100, schedule=Schedule(1.0))
     depths = Depths([2], freezer, 8, None)
     assert depths.reached == []
-    freezer.load_state_dict(freezer.state_dict() | {"kept_frozen": 2})
+    freezer.load_state_dict(freezer.state_dict() | {"changes": [[0, 2]]})
     assert depths.reached == [2]
 
 
@@ -463,7 +463,7 @@ def test_records_in_another_order_of_memory_are_not_gone_on_from(tmp_path: Path)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             for depth in depths:
-                freezer.load_state_dict(freezer.state_dict() | {"kept_frozen": depth})
+                freezer.load_state_dict(freezer.state_dict() | {"changes": [[0, depth]]})
                 model.train()
                 for _ in range(3):
                     torch.manual_seed(1)
@@ -483,7 +483,7 @@ def test_a_damaged_index_is_noticed(field: str, tmp_path: Path) -> None:
     for attempt in range(2):
         cache = PrefixCache(freezer, 6, where=tmp_path / "cache", budget=10**6, depths=[1, 2])
         for depth in (1, 2) if attempt == 0 else (2,):
-            freezer.load_state_dict(freezer.state_dict() | {"kept_frozen": depth})
+            freezer.load_state_dict(freezer.state_dict() | {"changes": [[0, depth]]})
             model.train()
             with warnings.catch_warnings(record=True) as said:
                 warnings.simplefilter("always")

@@ -236,7 +236,7 @@ def reference(case: Case) -> Training:
     for step in range(STEPS):
         # What a warm-up over four updates gives, then each layer's factor.
         warm_up = 1.0 if case.scheduler is None else min(1.0, 0.25 + 0.75 * step / 4)
-        factors = EARLY.factors(step, len(layers), STEPS)
+        factors = EARLY.factors(step, EARLY.timeline(len(layers), STEPS))
         for group, rate in zip(groups, base, strict=True):
             group["lr"] = rate * warm_up * factors[of_parameter[group["params"][0]]]
         if step == 0:

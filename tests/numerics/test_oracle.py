@@ -57,7 +57,7 @@ def test_learning_rates_agree_with_eq_1_at_every_step(
         assert schedule.freeze_steps(num_layers, total) == tuple(ends)
         for step in range(total + 1):
             expected = [reference.learning_rate(0.1, step, e, total, scale_lr) for e in ends]
-            rates = [0.1 * f for f in schedule.factors(step, num_layers, total)]
+            rates = [0.1 * f for f in schedule.factors(step, schedule.timeline(num_layers, total))]
             assert rates == pytest.approx(expected, rel=1e-12, abs=1e-12)
         assert rates == [0.0] * num_layers
 

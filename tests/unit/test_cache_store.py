@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import freezeout.cache.pays
-from freezeout import FreezeOut, PrefixCache
+from freezeout import FreezeOut, Frozen, PrefixCache
 from freezeout.cache.files import Damaged, FileStore
 from freezeout.cache.inputs import Batch
 from freezeout.cache.layout import Layout
@@ -219,8 +219,7 @@ def frozen(depth: int = 2) -> tuple[nn.Module, FreezeOut, Tensor]:
     torch.manual_seed(0)
     model, x = linear_net(), torch.randn(8, 5)
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    freezer = FreezeOut(model, optimizer, 100, example_inputs=x)
-    freezer.load_state_dict(freezer.state_dict() | {"kept_frozen": depth})
+    freezer = FreezeOut(model, optimizer, 100, schedule=Frozen(depth), example_inputs=x)
     return model, freezer, x
 
 
@@ -283,8 +282,7 @@ def test_layouts_keep_the_order_in_memory() -> None:
     model = conv_net().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     x = torch.randn(4, 3, 6, 6).to(memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    freezer = FreezeOut(model, optimizer, 100, example_inputs=x)
-    freezer.load_state_dict(freezer.state_dict() | {"kept_frozen": 1})
+    freezer = FreezeOut(model, optimizer, 100, schedule=Frozen(1), example_inputs=x)
     batch = Batch((x,), {}, 4)
     plan = make_plan(model, freezer.layers, 1, batch, Placeholders())
     layout = Layout(plan, batch, None)
@@ -406,7 +404,7 @@ def test_nothing_is_measured_where_samples_do_not_come_back(
         cache.prepare(x)
     assert cache.depths == []
     # Where layers are frozen already, all steps are left.
-    freezer.load_state_dict(freezer.state_dict() | {"kept_frozen": 1})
+    freezer.load_state_dict(freezer.state_dict() | {"changes": [[0, 1]]})
     with pytest.raises(TypeError):
         PrefixCache(freezer, samples).prepare(x)
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LinearLR
 
-from freezeout import FreezeOut, FreezeOutError, Schedule
+from freezeout import FreezeOut, FreezeOutError, Frozen, Schedule
 from freezeout.errors import CheckpointError, InvalidType, InvalidValue
 from tests import models
 from tests.models import conv_net, images, layer_tensors, linear_net, run, train, vectors
@@ -61,6 +61,10 @@ def simple(
     optimizer = build(model)
     options = {"schedule": EARLY, "example_inputs": vectors(0)[0], **options}
     return model, optimizer, FreezeOut(model, optimizer, total, **options)
+
+
+def factors(schedule: Schedule, step: int, layers: int, total: int = STEPS) -> tuple[float, ...]:
+    return schedule.factors(step, schedule.timeline(layers, total))
 
 
 def update(model: nn.Module, optimizer: Optimizer, step: int = 0) -> None:
@@ -106,7 +110,7 @@ def test_t_0_of_1_is_cosine_annealing_bit_for_bit(build: Build) -> None:
     torch.manual_seed(0)
     plain = conv_net()
     other = build(plain)
-    cosine = LambdaLR(other, lambda step: Schedule(1).factors(step, 1, STEPS)[0])
+    cosine = LambdaLR(other, lambda step: factors(Schedule(1), step, 1)[0])
     run(plain, [other], None, images, range(STEPS), cosine)
     assert same_tensors(model.state_dict(), plain.state_dict())
     assert same_tensors(optimizer.state_dict()["state"], other.state_dict()["state"])
@@ -161,20 +165,22 @@ def test_the_frozen_prefix_leaves_the_graph_even_when_the_input_requires_a_gradi
 
 
 @pytest.mark.parametrize("clone", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
-def test_copies_of_the_model_stay_frozen(clone: Callable[[nn.Module], nn.Module]) -> None:
+def test_copies_of_the_model_are_ordinary_and_leave_it_frozen(
+    clone: Callable[[nn.Module], nn.Module],
+) -> None:
     model, optimizer, freezer = setup()
     run(model, [optimizer], freezer, images, range(13))
-    other = clone(model).train()
-    assert [m.training for m in other.modules()] == [m.training for m in model.modules()]
-    assert not all(m.training for m in other.modules())
-    state = copy.deepcopy(other.state_dict())
-    other(images(3)[0]).sum().backward()
-    frozen = {f"{m}." for m in ("0", "1", "4", "5")}
-    for name, value in other.state_dict().items():
-        if name.startswith(tuple(frozen)):
-            assert torch.equal(value, state[name])
-    assert all(p.grad is None for p in other[:7].parameters())  # type: ignore[index]
-    assert all(p.grad is not None for p in other[7:].parameters())  # type: ignore[index]
+    other = clone(model)
+    assert same_tensors(other.state_dict(), model.state_dict())
+    assert all(m.training for m in other.modules())
+    assert not any({"train", "__reduce_ex__"} & {*vars(m)} for m in other.modules())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in other.modules())
+    assert all(not vars(p) for p in other.parameters())
+    models.loss_of(other, *images(3)).backward()
+    assert all(p.grad is not None for p in other.parameters())
+    assert freezer.num_frozen == 2
+    models.check_prefix_left_graph(freezer, *images(1))
+    assert not any(m.training for layer in freezer.layers[:2] for m in layer.modules)
 
 
 def test_layers_that_no_optimizer_trains_are_not_counted_and_freeze_with_the_next() -> None:
@@ -194,8 +200,10 @@ def test_parameters_that_the_user_froze_stay_so() -> None:
     model[:2].requires_grad_(False)
     model[12].requires_grad_(False)
     optimizer = SGD(model.parameters(), 0.1)
-    freezer = FreezeOut(model, optimizer, 10, schedule=EARLY, example_inputs=images(0)[0])
-    assert [layer.name for layer in freezer.layers] == ["4", "7"]
+    with pytest.warns(UserWarning, match="1 layers in which nothing trains"):
+        freezer = FreezeOut(model, optimizer, 10, schedule=EARLY, example_inputs=images(0)[0])
+    assert [layer.name for layer in freezer.layers] == ["0", "4", "7"]
+    assert freezer.num_frozen == 1
     run(model, [optimizer], freezer, images, range(10))
     freezer.release()
     assert [p.requires_grad for p in model.parameters()] == [False] * 4 + [True] * 8 + [False] * 2
@@ -214,7 +222,8 @@ def test_low_rank_adapters_alone_are_trained_layer_by_layer() -> None:
     model = nn.Sequential(nn.Linear(5, 5).requires_grad_(False), Adapted(), Adapted(), Adapted())
     optimizer = AdamW([p for p in model.parameters() if p.requires_grad], 0.1)
     freezer = FreezeOut(model, optimizer, 10, schedule=EARLY, example_inputs=vectors(0)[0])
-    assert [layer.name for layer in freezer.layers] == ["1", "2", "3"]
+    assert [layer.name for layer in freezer.layers] == ["0", "1", "2", "3"]
+    assert freezer.freeze_steps == (0, 4, 7, 10)  # the times count the layers that train
     run(model, [optimizer], freezer, vectors, range(10))
     assert set(optimizer.state) == {p for p in model[3].parameters() if p.requires_grad}
 
@@ -246,7 +255,7 @@ def test_several_groups_keep_their_own_options() -> None:
     freezer = FreezeOut(model, optimizer, STEPS, schedule=EARLY, example_inputs=vectors(0)[0])
     assert freezer.learning_rates == pytest.approx([0.2 * 20 / end for end in ENDS], rel=1e-15)
     for step in range(STEPS):
-        factors = EARLY.factors(step, 4, STEPS)
+        expected = factors(EARLY, step, 4)
         for p in model.parameters():
             p.grad = torch.ones_like(p) if p.requires_grad else None
         before = [p.detach().clone() for p in model.parameters()]
@@ -254,7 +263,7 @@ def test_several_groups_keep_their_own_options() -> None:
         velocity = {m: (1 - m ** (step + 1)) / (1 - m) for m in (0.9, 0.5)}
         for i, (was, p) in enumerate(zip(before, model.parameters(), strict=True)):
             lr, momentum = (0.2, 0.9) if p.ndim == 2 else (0.1, 0.5)
-            moved = torch.full_like(was, lr * factors[i // 2] * velocity[momentum])
+            moved = torch.full_like(was, lr * expected[i // 2] * velocity[momentum])
             torch.testing.assert_close(was - p.detach(), moved, rtol=1e-4, atol=1e-6)
         freezer.step()
 
@@ -320,7 +329,7 @@ def test_a_group_added_in_the_middle_is_trained_at_its_layers_rate() -> None:
     optimizer.add_param_group({"params": [extra], "lr": 4.0})
     freezer.step()
     update(model, optimizer)
-    assert optimizer.shown[-1] == (4 * Schedule().factors(1, 3, STEPS)[-1], [extra])
+    assert optimizer.shown[-1] == (4 * factors(Schedule(), 1, 3)[-1], [extra])
 
 
 own_step = Plain.step  # before any instance, and so any hook
@@ -566,8 +575,8 @@ def test_loading_does_not_change_the_state_given() -> None:
         ({"total": 30}, "total_steps was 20 and is now 30"),
         ({"freeze_every": 2}, "freeze_every was 1 and is now 2"),
         ({"anneal": False}, "anneal was True and is now False"),
-        ({"schedule": Schedule(0.5, "linear")}, r"schedule was .*0\.4.* and is now .*0\.5"),
-        ({"schedule": Schedule(times=(0.1, 0.2, 0.3, 1))}, "schedule was .* and is now"),
+        ({"schedule": Schedule(0.5, "linear")}, r"plan was .*0\.4.* and is now .*0\.5"),
+        ({"schedule": Schedule(times=(0.1, 0.2, 0.3, 1))}, "plan was .* and is now"),
     ],
 )
 def test_a_state_of_another_schedule_is_refused_unless_asked_for(
@@ -593,7 +602,7 @@ def test_lengthening_keeps_frozen_layers_frozen_also_after_saving_again() -> Non
     lengthened.load_state_dict(freezer.state_dict(), allow_schedule_change=True)
     assert (lengthened.num_frozen, lengthened.next_freeze) == (2, 48)
     assert lengthened.learning_rates[:2] == (0, 0)
-    assert lengthened.learning_rates[2:] == tuple(0.1 * f for f in EARLY.factors(13, 4, 60)[2:])
+    assert lengthened.learning_rates[2:] == tuple(0.1 * f for f in factors(EARLY, 13, 4, 60)[2:])
     held = [layer_tensors(layer) for layer in lengthened.layers[:2]]
     run(longer, [other], lengthened, images, range(13, 20))
     assert same_tensors([layer_tensors(layer) for layer in lengthened.layers[:2]], held)
@@ -636,7 +645,7 @@ def test_num_frozen_depends_on_the_step_alone(jumps: list[int]) -> None:
         expected = sum(end <= step for end in ENDS[:3])
         assert freezer.num_frozen == expected
         assert [layer.is_frozen for layer in freezer.layers] == [i < expected for i in range(4)]
-        assert freezer.learning_rates == tuple(0.1 * f for f in EARLY.factors(step, 4, STEPS))
+        assert freezer.learning_rates == tuple(0.1 * f for f in factors(EARLY, step, 4))
     freezer.release()
 
 
@@ -699,13 +708,18 @@ def test_loading_after_release_is_refused() -> None:
 # --- what is refused, what warns ------------------------------------------------------------
 
 
-def test_stepping_past_the_end_is_refused() -> None:
-    _, _, freezer = simple(total=3)
+@pytest.mark.parametrize("options", [{}, {"anneal": False}, {"schedule": Frozen(2)}])
+def test_updates_past_the_end_move_nothing_and_are_warned_of_once(options: dict[str, Any]) -> None:
+    model, optimizer, freezer = simple(total=3, **options)
     for _ in range(3):
         freezer.step()
-    with pytest.raises(FreezeOutError, match="more than total_steps = 3 times"):
-        freezer.step()
+    before = [p.detach().clone() for p in model.parameters()]
+    with pytest.warns(UserWarning, match="after its total_steps = 3 steps") as seen:
+        run(model, [optimizer], freezer, vectors, range(3))
+    assert len(seen) == 1
     assert freezer.step_count == 3
+    assert same_tensors(before, list(model.parameters()))
+    assert freezer.state_dict()["step"] == 3
 
 
 class ZeroRedundancyOptimizer(SGD):
@@ -772,7 +786,7 @@ def test_a_refused_optimizer_is_left_as_it_was() -> None:
         ({"total": 1.5}, InvalidType, "total_steps must be a whole number, got 1.5"),
         ({"freeze_every": 0}, InvalidValue, "freeze_every must be at least 1, got 0"),
         ({"freeze_every": "2"}, InvalidType, "freeze_every must be a whole number, got '2'"),
-        ({"schedule": "cubic"}, InvalidType, "schedule must be a Schedule, got str"),
+        ({"schedule": "cubic"}, InvalidType, r"schedule must be a plan, such as Schedule\(\.\.\.\) .* got str"),
         ({"schedule": Schedule(times=(0.5, 1))}, InvalidValue, "times has 2 entries for 4 layers"),
         ({"layers": []}, InvalidValue, "layers is empty"),
         ({"anneal": "yes"}, InvalidType, "anneal must be True or False, got 'yes'"),
@@ -836,13 +850,20 @@ def test_the_table_shows_every_layer() -> None:
 
 
 def test_the_summary_is_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = iter([0, *range(100, 800, 100), 900, *range(950, 1150, 50), *range(2000, 9000)])
-    monkeypatch.setattr("freezeout.freezer.time.perf_counter", lambda: float(next(clock)))
-    _, _, freezer = simple()
-    assert freezer.summary() == "froze 0 of 4 layers"
+    clock = iter([0, *range(100, 800, 100), 900, *range(950, 1350, 50), *range(2000, 9000)])
+    monkeypatch.setattr("freezeout.savings.time.perf_counter", lambda: float(next(clock)))
+    _, _, freezer = simple(schedule=Schedule(times=(0.4, 0.8, 0.9, 1)))
+    assert freezer.summary() == "froze 0 of 4 layers; made 0 of 20 steps"
     assert freezer.seconds_saved() is None
-    for _ in range(12):
+    for _ in range(9):
         freezer.step()
-    # Eight steps of 100 s, then four of 50 s (the first includes a pause; medians leave it out).
-    assert freezer.seconds_saved() == pytest.approx((200, 200 / 1200))
-    assert freezer.summary() == "froze 2 of 4 layers; 3 min saved (17% of the steps' time)"
+    for _ in range(7):
+        freezer.step()
+    # Eight steps of 100 s, then eight of 50 s (the first includes a pause; medians leave it out).
+    saved = freezer.seconds_saved()
+    assert saved is not None
+    assert (saved.seconds, saved.share, saved.is_predicted) == (400, 0.25, False)
+    assert freezer.summary() == (
+        "froze 2 of 4 layers; made 16 of 20 steps; 7 min saved (25% of the steps' time); a step "
+        "takes 240 B of gradients less"
+    )

@@ -133,10 +133,9 @@ def test_a_forward_pass_that_is_told_of_is_looked_at() -> None:
     assert not model._forward_hooks  # seen, and gone
     step()
     assert freezer.num_frozen == 1
-    model.get_parameter("0.0.weight").requires_grad_(True)
     freezer.forward_begins()
-    loss = loss_of(model[0], x, y)
-    with pytest.warns(UserWarning, match="'0.0.weight' of frozen layer '0.0' requires a gradient"):
+    loss = loss_of(model[0], x.requires_grad_(), y)
+    with pytest.warns(UserWarning, match="the input of frozen layer '0.0' requires a gradient"):
         freezer.forward_ended(loss)
 
 
@@ -170,6 +169,5 @@ def test_seconds_of_a_depth_whose_only_step_followed_loading() -> None:
     freezer.load_state_dict(state)
     freezer.step()
     freezer.step()
-    saved = freezer.seconds_saved()
-    assert saved is not None
-    assert saved[1] < 1
+    assert freezer.seconds_saved() is None
+    assert "time saved is not known yet" in freezer.summary()

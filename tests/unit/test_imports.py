@@ -13,11 +13,13 @@ PACKAGE = Path(freezeout.__file__).parent
 # Each part may import those in front of it (docs/design.md).
 ORDER = [
     {"errors", "atomic", "words"},
+    {"values"},
+    {"plan"},
     {"schedule"},
     {"cost"},
     {"clock"},
     {"layers"},
-    {"optimizers", "checks"},
+    {"optimizers", "checks", "savings"},
     {"freezer"},
     {"parallel", "cache", "profile"},
     {"integrations"},
@@ -30,13 +32,17 @@ RANK = {part: rank for rank, parts in enumerate(ORDER) for part in parts}
 HOME = {
     "FreezeOut": "freezer",
     "FreezeOutError": "errors",
+    "Frozen": "plan",
+    "Plan": "plan",
+    "Timeline": "plan",
+    "thaw": "freezer",
     "Layer": "layers",
     "PrefixCache": "cache",
     "Schedule": "schedule",
     "find_layers": "layers",
     "__version__": "errors",
 }
-STANDARD_LIBRARY_ONLY = {"errors", "atomic", "words", "schedule", "cost"}
+STANDARD_LIBRARY_ONLY = {"errors", "atomic", "words", "values", "plan", "schedule", "cost"}
 # They plan and read runs, and leave the training to other processes.
 PLANNING = {
     ("lab", name)
@@ -120,7 +126,7 @@ def test_the_schedule_and_the_cost_work_without_torch_and_numpy() -> None:
     code = (
         "import sys; sys.modules['torch'] = sys.modules['numpy'] = None\n"
         "from freezeout import Schedule; from freezeout.cost import saving\n"
-        "print(Schedule().freeze_steps(3, 1000), saving([2.0, 1.0], (5, 10), 10))"
+        "print(Schedule().freeze_steps(3, 1000), saving([2.0, 1.0], (5, 5)))"
     )
     assert run(code) == "(512, 729, 1000) 0.25\n"
 
