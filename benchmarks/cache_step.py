@@ -35,7 +35,7 @@ def measure(name: str, config: TrainConfig, share: float, rounds: int) -> None:
     optimizer = job.optimizer(model)
     freezer = job.freezer(model, optimizer, 1000)
     depth = round(share * len(freezer.layers))
-    freezer.load_state_dict(freezer.state_dict() | {"kept_frozen": depth})
+    freezer.load_state_dict(freezer.state_dict() | {"changes": [[0, depth]]})
     cache = PrefixCache(freezer, BATCHES * config.batch_size, depths=[depth])
     stream = job.batches(0, 0)
     data = [next(stream)[:2] for _ in range(BATCHES)]

@@ -37,7 +37,7 @@ def measure(name: str, config: TrainConfig, claim: float, rounds: int) -> None:
 
     def full() -> None:
         for layer in layers:
-            layer.unfreeze(training=True)
+            layer.unfreeze()
         step()
 
     def half() -> None:

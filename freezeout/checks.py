@@ -54,9 +54,7 @@ class EngagedCheck:
         if not self._handles:
             copied_plainly(self._model)
             self._handles = [
-                self._model.register_forward_pre_hook(
-                    self._begin, prepend=True, with_kwargs=True
-                ),
+                self._model.register_forward_pre_hook(self._begin, prepend=True, with_kwargs=True),
                 self._model.register_forward_hook(self._end, always_call=True),
             ]
 

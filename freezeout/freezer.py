@@ -495,9 +495,9 @@ class FreezeOut:
         name, layer = undone[0]
         self._tell(
             "requires_grad",
-            f"something set requires_grad on {len(undone)} parameters of frozen layers ({name!r} of "
-            f"{layer!r} first); it is undone in each step, and they are not trained. To train them, "
-            "choose a plan that does not freeze them, or call release()",
+            f"something set requires_grad on {len(undone)} parameters of frozen layers ({name!r} "
+            f"of {layer!r} first); it is undone in each step, and they are not trained. To train "
+            "them, choose a plan that does not freeze them, or call release()",
         )
 
     def _tell_over(self) -> None:

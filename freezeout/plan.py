@@ -1,4 +1,4 @@
-"""What trains when: `Plan`, the `Timeline` that it gives, and `Frozen`, which freezes from the start.
+"""What trains when: `Plan`, the `Timeline` that it gives, and `Frozen`: frozen from the start.
 
 A plan is configuration: when layers are frozen, and at what rate they train until then. Bound to
 the layers of a model and to the length of a run it gives a timeline: the steps at which the number
@@ -9,7 +9,7 @@ Everything here needs the standard library only.
 import math
 from bisect import bisect_right
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
 from typing import Any, Protocol, runtime_checkable
@@ -201,9 +201,7 @@ class Plan(Protocol):
     [5, 0, 5]
     """
 
-    def timeline(
-        self, num_layers: int, total_steps: int | None, freeze_every: int = 1
-    ) -> Timeline:
+    def timeline(self, num_layers: int, total_steps: int | None, freeze_every: int = 1) -> Timeline:
         """When how many of `num_layers` layers are frozen, in a run of `total_steps` updates.
 
         Args:
@@ -285,9 +283,7 @@ class Frozen(Plan):
         object.__setattr__(self, name, value)
         check_plan("then", self.then)
 
-    def timeline(
-        self, num_layers: int, total_steps: int | None, freeze_every: int = 1
-    ) -> Timeline:
+    def timeline(self, num_layers: int, total_steps: int | None, freeze_every: int = 1) -> Timeline:
         """See `Plan`. InvalidValue if there are too few layers."""
         count = self._count(num_layers)
         left = num_layers - count
@@ -315,7 +311,8 @@ class Frozen(Plan):
             count = self._index_of(self.up_to, layers) + 1
             self._check(count, len(layers))
         then = self.then and self.then.resolved(layers[count:], max(0, given - count))
-        return Frozen(max(0, count - given), then=then)
+        first = max(0, count - given)
+        return replace(self, first=first, all_but_last=None, share=None, up_to=None, then=then)
 
     def describe(self) -> dict[str, Any]:
         """See `Plan`."""

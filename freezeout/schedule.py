@@ -83,7 +83,9 @@ class Schedule(Plan):
         if not isinstance(scale_lr, bool):
             raise InvalidType(f"scale_lr must be True or False, got {scale_lr!r}")
         for name, value in zip(
-            ("t_0", "how_scale", "scale_lr", "times"), (t_0, how_scale, scale_lr, times), strict=True
+            ("t_0", "how_scale", "scale_lr", "times"),
+            (t_0, how_scale, scale_lr, times),
+            strict=True,
         ):
             object.__setattr__(self, name, value)
 
@@ -118,9 +120,7 @@ class Schedule(Plan):
         steps = (math.ceil(t * total * _ROUNDING) for t in self.freeze_times(num_layers))
         return tuple(min(total, math.ceil(f / every) * every) for f in steps)
 
-    def timeline(
-        self, num_layers: int, total_steps: int | None, freeze_every: int = 1
-    ) -> Timeline:
+    def timeline(self, num_layers: int, total_steps: int | None, freeze_every: int = 1) -> Timeline:
         """When how many layers are frozen (see `Plan`), from `freeze_steps`."""
         if total_steps is None:
             raise InvalidValue(
@@ -150,8 +150,8 @@ class Schedule(Plan):
 
 
 def read_plan(description: Mapping[str, Any]) -> Plan:
-    """The plan that `describe()` has described, if it is a `Schedule` or a `Frozen`; or the Schedule
-    with the arguments in a mapping without a "plan".
+    """The plan that `describe()` has described, if it is a `Schedule` or a `Frozen`; or, of a
+    mapping without a "plan", the Schedule with these arguments.
 
     >>> read_plan({"plan": "Frozen", "first": 2, "then": {"t_0": 0.5}})
     Frozen(first=2, then=Schedule(t_0=0.5, how_scale='cubic', scale_lr=True, times=None))
@@ -160,7 +160,9 @@ def read_plan(description: Mapping[str, Any]) -> Plan:
     kind = options.pop("plan", "Schedule")
     kinds: dict[str, type[Schedule | Frozen]] = {"Schedule": Schedule, "Frozen": Frozen}
     if kind not in kinds:
-        raise InvalidValue(f"a plan of the kind {kind!r} cannot be made from a description; give it")
+        raise InvalidValue(
+            f"a plan of the kind {kind!r} cannot be made from a description; give it"
+        )
     if kind == "Frozen" and options.get("then") is not None:
         options["then"] = read_plan(options["then"])
     try:

@@ -24,7 +24,7 @@ def fraction(name: str, value: object, *, zero: bool = False, one: bool = True) 
     if isinstance(value, bool) or not isinstance(value, Real):
         raise InvalidType(f"{name} must be a number in {allowed}, got {value!r}")
     number = float(value)
-    if not (0 <= number if zero else 0 < number) or not (number <= 1 if one else number < 1):
+    if not (number >= 0 if zero else number > 0) or not (number <= 1 if one else number < 1):
         raise InvalidValue(f"{name} must be in {allowed}, got {number}")  # NaN too
     return number
 

@@ -61,9 +61,13 @@ class Watch:
         been thawed and frozen again counts as changed: fused optimizers leave versions alone."""
         freezes = [layer.freezes for layer in self._layers[:frozen]]
         again = freezes[: self.frozen] != self._freezes[:frozen]
-        changed = again or self._versions != self._sum() or any(
-            home.get(name) is not parameter or parameter.data_ptr() != place
-            for home, name, parameter, place in self._places
+        changed = (
+            again
+            or self._versions != self._sum()
+            or any(
+                home.get(name) is not parameter or parameter.data_ptr() != place
+                for home, name, parameter, place in self._places
+            )
         )
         if changed or frozen != self.frozen:
             self.frozen, self._freezes = frozen, freezes

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
 from ..layers import Layer
+from ..layers.scratch import close, equal, generators, scratch
 from .inputs import Batch
 from .placeholders import Placeholders, Unservable, reason_of, tensors_within
 from .plan import ROWS, Call, Plan, Size, TensorSpec
 from .recorder import RealCall, Recorder, Seen, check_draws, probe
-from ..layers.scratch import close, equal, generators, scratch
 
 
 def make_plan(

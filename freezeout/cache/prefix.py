@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from ..errors import CacheError, InvalidType, InvalidValue
 from ..freezer import FreezeOut
+from ..layers.scratch import close, scratch
 from ..layers.trace import sharded_modules
 from ..values import whole_number
 from .activations import Activations, precision
@@ -26,7 +27,6 @@ from .inputs import Batch, check_ids
 from .placeholders import Placeholders, Unservable, reason_of
 from .plan import Plan
 from .planning import check_labels, check_padding, check_plan, make_plan
-from ..layers.scratch import close, scratch
 from .stats import CacheStats
 from .store import Keys
 from .where import store_for

@@ -113,7 +113,9 @@ def merged(name: str, layers: Iterable[Layer]) -> Layer:
         (module for layer in layers for module in layer.modules),
         (parameter for layer in layers for parameter in layer.parameters),
         (module for layer in layers for module in layer.boundary),
-        LayerCost(*map(sum, zip(*known, strict=True))) if known and len(known) == len(costs) else None,
+        LayerCost(*map(sum, zip(*known, strict=True)))
+        if known and len(known) == len(costs)
+        else None,
     )
 
 

@@ -76,7 +76,7 @@ class Trace:
         trace = cls.recorder()
         args, kwargs = call_arguments(example_inputs)
         trace.rows = rows_of(args, kwargs)
-        with _undisturbed(model), trace.listening(model), trace.weighing(model):
+        with _undisturbed(model), trace.listening(model), trace.weighing(model, example_inputs):
             try:
                 model(*args, **kwargs)
             except Exception as error:
@@ -125,20 +125,18 @@ class Trace:
             self.flops[module] = self.flops.get(module, 0) + int(flops)
 
     @contextmanager
-    def weighing(self, model: nn.Module) -> Iterator[None]:
-        """Record what autograd keeps of each module inside the `with` block."""
-        fixed = {
-            memory
-            for each in (*model.parameters(), *model.buffers())
-            for memory in memory_of(each)
-        }
+    def weighing(self, model: nn.Module, inputs: Any) -> Iterator[None]:
+        """Record what autograd keeps of each module inside the `with` block, beside parameters,
+        buffers and what the model is given."""
+        there = (*model.parameters(), *model.buffers(), *tree_leaves(inputs))
+        fixed = {memory for each in there for memory in memory_of(each)}
 
         def pack(tensor: torch.Tensor) -> torch.Tensor:
             mine = memory_of(tensor)
             if self._running and mine and mine[0] not in fixed:
                 fixed.add(mine[0])  # of tensors that share memory, the first
                 module = self._running[-1]
-                size = tensor.untyped_storage().nbytes()
+                size = min(tensor.nbytes, tensor.untyped_storage().nbytes())
                 self.saved[module] = self.saved.get(module, 0) + size
             return tensor
 

@@ -109,6 +109,7 @@ def train(
     model = freezer.model
     (optimizer,) = (split.optimizer for split in freezer._optimizers)
     still: list[tuple[Tensor, Tensor]] = []
+    assert freezer.total_steps is not None
     for step in range(freezer.total_steps):
         torch.manual_seed(step)
         model.train()
@@ -439,6 +440,7 @@ def test_no_part_of_a_model_keeps_a_graph_from_before_a_freeze(way: str) -> None
     allow_stages(freezer)
     forward = compiled(freezer.model, way, "eager")
     first = freezer.freeze_steps[0]
+    assert first is not None
     while freezer.step_count < 12:
         forward(tokens(0)[0])
         freezer.step()

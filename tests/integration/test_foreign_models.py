@@ -153,7 +153,7 @@ def test_a_users_scheduler_is_multiplied_by_eq_1_and_never_notices(kind: str, wh
     schedule = schedule or scheduler(kind, optimizer)
     training = train(model, [optimizer], freezer, models.images, range(STEPS), schedule)
     for step in range(STEPS):
-        factors = EARLY.factors(step, len(freezer.layers), STEPS)
+        factors = EARLY.factors(step, freezer.timeline)
         assert optimizer.param_groups[0]["lr"] == base[step]
         assert optimizer.param_groups[0]["momentum"] == momenta[step]
         assert freezer.learning_rates == tuple(base[step] * f for f in factors)

@@ -163,9 +163,7 @@ def test_frozen_from_the_start(plan: Plan | None, inputs: bool) -> None:
         callback, rows = fit(module, FreezeOutCallback(plan or EARLY))
         optimizer = AdamW(net.parameters(), 0.01)
         mine = Frozen(2) if plan == Frozen(2) else EARLY if plan is None else Frozen(2, then=EARLY)
-        expected = plain(
-            net, [optimizer], TOTAL, schedulers=[StepLR(optimizer, 4, 0.5)], plan=mine
-        )
+        expected = plain(net, [optimizer], TOTAL, schedulers=[StepLR(optimizer, 4, 0.5)], plan=mine)
     assert callback.freezer is not None
     assert callback.freezer.freeze_steps[:2] == (0, 0)
     assert rows == expected
@@ -481,7 +479,7 @@ def test_the_number_of_steps_must_be_known() -> None:
         fit(Classifier(), max_epochs=-1)
     with pytest.raises(InvalidValue, match="total_steps must be at least 1, got 0"):
         FreezeOutCallback(total_steps=0)
-    with pytest.raises(InvalidType, match="schedule must be a plan, such as .* got str"):
+    with pytest.raises(InvalidType, match=r"schedule must be a plan, such as .* got str"):
         FreezeOutCallback("cubic")  # type: ignore[arg-type]
     with pytest.raises(InvalidValue, match=r"'net\.99', which is no module of the model"):
         fit(Classifier(), FreezeOutCallback(layers=["net.99"]))

@@ -178,7 +178,7 @@ def test_schedulers_and_groups() -> None:
     freezer = FreezeOut(model, optimizer, STEPS, schedule=EARLY, example_inputs=vectors(0)[0])
     for step in range(STEPS):
         base = 0.05 * (1 + torch.cos(torch.tensor(torch.pi * step / STEPS))).item()
-        factors = EARLY.factors(step, 4, STEPS)
+        factors = EARLY.factors(step, EARLY.timeline(4, STEPS))
         rates_now = [base * factor for factor in factors]
         assert freezer.learning_rates == pytest.approx(rates_now, abs=1e-7)
         run(model, [optimizer], freezer, vectors, range(step, step + 1), schedule)

@@ -145,8 +145,8 @@ def test_an_encoder(options: dict[str, Any], tmp_path: Path) -> None:
 def given() -> nn.Module:
     """As somebody writes it who has never heard of plans."""
     model = encoder()
-    model.bert.embeddings.requires_grad_(False)  # type: ignore[union-attr,operator]
-    model.bert.encoder.layer[:2].requires_grad_(False)  # type: ignore[union-attr,index]
+    for part in ("embeddings", "encoder.layer.0", "encoder.layer.1"):
+        model.get_submodule(f"bert.{part}").requires_grad_(False)
     return model
 
 

@@ -109,7 +109,7 @@ def test_constant_time_needs_something_to_lengthen() -> None:
 def test_without_freezeout_no_layer_freezes_and_the_rate_is_plain_cosine() -> None:
     config = TrainConfig(freezeout=False, t_0=0.3, scale_lr=True)
     assert config.schedule.freeze_steps(5, 100) == (100,) * 5
-    factors = config.schedule.factors(25, 5, 100)
+    factors = config.plan.factors(25, config.plan.timeline(5, 100))
     assert factors == pytest.approx([0.5 * (1 + math.cos(math.pi / 4))] * 5, rel=1e-15)
 
 

@@ -176,7 +176,7 @@ def test_copies_of_the_model_are_ordinary_and_leave_it_frozen(
     assert not any({"train", "__reduce_ex__"} & {*vars(m)} for m in other.modules())
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in other.modules())
     assert all(not vars(p) for p in other.parameters())
-    models.loss_of(other, *images(3)).backward()
+    torch.autograd.backward(models.loss_of(other, *images(3)))
     assert all(p.grad is not None for p in other.parameters())
     assert freezer.num_frozen == 2
     models.check_prefix_left_graph(freezer, *images(1))
@@ -786,7 +786,11 @@ def test_a_refused_optimizer_is_left_as_it_was() -> None:
         ({"total": 1.5}, InvalidType, "total_steps must be a whole number, got 1.5"),
         ({"freeze_every": 0}, InvalidValue, "freeze_every must be at least 1, got 0"),
         ({"freeze_every": "2"}, InvalidType, "freeze_every must be a whole number, got '2'"),
-        ({"schedule": "cubic"}, InvalidType, r"schedule must be a plan, such as Schedule\(\.\.\.\) .* got str"),
+        (
+            {"schedule": "cubic"},
+            InvalidType,
+            r"schedule must be a plan, such as Schedule\(\.\.\.\) .* got str",
+        ),
         ({"schedule": Schedule(times=(0.5, 1))}, InvalidValue, "times has 2 entries for 4 layers"),
         ({"layers": []}, InvalidValue, "layers is empty"),
         ({"anneal": "yes"}, InvalidType, "anneal must be True or False, got 'yes'"),

@@ -460,7 +460,8 @@ def test_copies_and_pickles_are_ordinary_and_leave_the_layer_frozen(clone: Any) 
     other = clone(model)
     assert [m.training for m in other[:6]] == [True, True, True, False, True, True]
     assert [p.requires_grad for p in other.parameters()] == [
-        name != "0.bias" for name, _ in model.named_parameters()  # which the user froze
+        name != "0.bias"
+        for name, _ in model.named_parameters()  # which the user froze
     ]
     assert other[:4](models.images(0)[0]).requires_grad
     assert not model[:4](models.images(0)[0].requires_grad_()).requires_grad

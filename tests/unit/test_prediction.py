@@ -1,6 +1,7 @@
 """Predicted against measured seconds, with a clock that goes on by what a step is said to cost."""
 
 import time
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from freezeout.lab.prediction import Prediction, warning
 from tests.models import linear_net
 
 COSTS = (10.0, 8.0, 6.0, 4.0)
+MEASURED = Prediction("measured", COSTS)
 TIMES = Schedule(times=(0.2, 0.4, 0.6, 1.0))
 
 
@@ -37,9 +39,12 @@ def trained(clock: list[float], costs: tuple[float, ...], total: int = 100) -> F
     return freezer
 
 
+def against(prediction: Prediction, freezer: FreezeOut) -> dict[str, Any]:
+    return prediction.against(freezer.step_seconds, freezer.seconds_saved())
+
+
 def test_a_run_as_predicted_has_no_flags(clock: list[float]) -> None:
-    prediction = Prediction("measured", COSTS)
-    savings = prediction.against(trained(clock, COSTS))
+    savings = against(MEASURED, trained(clock, COSTS))
     assert savings["basis"] == "measured"
     assert savings["predicted_share"] == pytest.approx((20 * 2 + 20 * 4 + 40 * 6) / 1000)
     assert savings["measured_share"] == pytest.approx(savings["predicted_share"])
@@ -57,7 +62,7 @@ def test_a_run_as_predicted_has_no_flags(clock: list[float]) -> None:
 
 def test_depths_that_save_less_than_70_percent_are_flagged(clock: list[float]) -> None:
     # Saved 1.5, 2.7 and 4.3 of 2, 4 and 6: the shares 0.75, 0.675 and 0.717.
-    savings = Prediction("measured", COSTS).against(trained(clock, (10.0, 8.5, 7.3, 5.7)))
+    savings = against(MEASURED, trained(clock, (10.0, 8.5, 7.3, 5.7)))
     assert [each["flagged"] for each in savings["depths"]] == [False, False, True, False]
     line = warning(savings)
     assert line is not None
@@ -67,7 +72,7 @@ def test_depths_that_save_less_than_70_percent_are_flagged(clock: list[float]) -
 
 def test_counted_costs_are_compared_by_their_ratios(clock: list[float]) -> None:
     counted = Prediction("counted", tuple(7e9 * cost for cost in COSTS))
-    savings = counted.against(trained(clock, COSTS))
+    savings = against(counted, trained(clock, COSTS))
     for depth, each in enumerate(savings["depths"]):
         assert each["predicted_step_seconds"] == pytest.approx(COSTS[depth])
         assert not each["flagged"]
@@ -75,7 +80,7 @@ def test_counted_costs_are_compared_by_their_ratios(clock: list[float]) -> None:
 
 
 def test_a_few_steps_are_no_evidence(clock: list[float]) -> None:
-    savings = Prediction("measured", COSTS).against(trained(clock, (10.0,) * 4, total=20))
+    savings = against(MEASURED, trained(clock, (10.0,) * 4, total=20))
     assert [each["steps"] for each in savings["depths"]] == [4, 4, 4, 8]
     assert not any(each["flagged"] for each in savings["depths"])
 
@@ -84,11 +89,12 @@ def test_before_the_first_step_nothing_is_said() -> None:
     model = linear_net(4)
     x = torch.randn(2, 5)
     freezer = FreezeOut(model, SGD(model.parameters()), 10, example_inputs=x)
-    savings = Prediction("counted", COSTS).against(freezer)
+    savings = against(Prediction("counted", COSTS), freezer)
     assert savings == {
         "basis": "counted",
         "predicted_share": None,
         "measured_share": None,
+        "full_steps": "predicted",
         "depths": [],
     }
 
@@ -96,8 +102,10 @@ def test_before_the_first_step_nothing_is_said() -> None:
 def test_the_summary_says_what_was_predicted(clock: list[float]) -> None:
     freezer = trained(clock, COSTS)
     share = "36% of the steps' time"
-    assert freezer.summary() == f"froze 3 of 4 layers; 6 min saved ({share})"
-    assert freezer.summary(COSTS) == f"froze 3 of 4 layers; 6 min saved ({share}), predicted 36%"
+    saved = f"froze 3 of 4 layers; 6 min saved ({share})"
+    memory = "; a step takes 360 B of gradients and 160 B of activations less"
+    assert freezer.summary() == saved + memory
+    assert freezer.summary(COSTS) == f"{saved}, predicted 36%{memory}"
     with pytest.raises(InvalidValue, match="3 step costs for 4 layers"):
         freezer.summary(COSTS[:3])
 

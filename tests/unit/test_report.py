@@ -370,7 +370,7 @@ def test_caches_in_different_folders_are_one_arm(tmp_path: Path) -> None:
     for seed in (0, 1):
         write_run(tmp_path / f"arm{seed}", cache=f"/disk/cache{seed}", seed=seed)
     _, comparison = only(tmp_path)
-    assert comparison.arm.label == "cubic scaled cached (folder) 0.8"
+    assert comparison.arm.label == "cubic scaled 0.8 cached (folder)"
     assert len(comparison.arm.runs) == 2
 
 

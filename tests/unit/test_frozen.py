@@ -1,0 +1,421 @@
+"""Layers frozen from the start, by a plan or by the user's own hand; and plans of any kind."""
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD, Adam, AdamW
+
+from freezeout import FreezeOut, Frozen, Plan, PrefixCache, Schedule, Timeline
+from freezeout.errors import FreezeOutError, InvalidType, InvalidValue
+from tests.models import ResNet, conv_net, images, linear_net, loss_of, run, vectors
+
+STEPS = 20
+EARLY = Schedule(0.4, "linear")
+
+
+def start() -> nn.Sequential:
+    torch.manual_seed(0)
+    return conv_net()
+
+
+def held(model: nn.Module, prefixes: Sequence[str]) -> dict[str, Tensor]:
+    """Copies of what stands in the state under names that begin so."""
+    state = model.state_dict()
+    return {n: v.clone() for n, v in state.items() if n.split(".")[0] in prefixes}
+
+
+def by_hand(build: Any, steps: int, anneal: Schedule | None) -> nn.Sequential:
+    """The reference: plain torch, the first two layers without gradients and in evaluation mode,
+    the others in an optimizer of their own at eq. 1's rates."""
+    model = start()
+    frozen, trained = model[:7], model[7:]
+    frozen.requires_grad_(False)
+    groups = [{"params": list(part.parameters())} for part in (model[7:9], model[12])]
+    optimizer = build(groups)
+    base = optimizer.param_groups[0]["lr"]
+    for step in range(steps):
+        if anneal is not None:
+            factors = anneal.factors(step, anneal.timeline(2, STEPS))
+            for group, factor in zip(optimizer.param_groups, factors, strict=True):
+                group["lr"] = base * factor
+                if factor == 0:
+                    model[7:9].requires_grad_(False)
+                    group["params"] = []
+        model.train()
+        frozen.eval()
+        if anneal is not None and not any(p.requires_grad for p in model[7:9].parameters()):
+            model[7:9].eval()
+        torch.manual_seed(step)
+        torch.autograd.backward(loss_of(model, *images(step)))
+        optimizer.step()
+        optimizer.zero_grad()
+    trained.requires_grad_(True)
+    return model
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda p: SGD(p, 0.1, momentum=0.9, weight_decay=0.1),
+        lambda p: AdamW(p, 0.01, weight_decay=0.5),
+        lambda p: AdamW(p, 0.01, weight_decay=0.5, fused=True),
+    ],
+)
+@pytest.mark.parametrize("then", [None, EARLY])
+@pytest.mark.parametrize("who", ["plan", "user"])
+def test_equal_bit_for_bit_to_plain_torch(build: Any, then: Schedule | None, who: str) -> None:
+    model = start()
+    plan: Plan = Frozen(2, then=then)
+    if who == "user":
+        model[:7].requires_grad_(False)
+        plan = then or Frozen(0)
+    before = held(model, ["0", "1", "4", "5"])
+    optimizer = build(model.parameters())
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "2 layers in which nothing trains")
+        freezer = FreezeOut(model, optimizer, STEPS, schedule=plan, example_inputs=images(0)[0])
+    assert [layer.name for layer in freezer.layers] == ["0", "4", "7", "12"]
+    assert freezer.freeze_steps == ((0, 0, 20, 20) if then is None else (0, 0, 8, 20))
+    for step in range(STEPS):
+        run(model, [optimizer], freezer, images, [step])
+        now = model.state_dict()
+        assert all(torch.equal(now[name], value) for name, value in before.items())
+        frozen = [p for layer in freezer.layers[:2] for p in layer.parameters]
+        assert all(p.grad is None and not p.requires_grad for p in frozen)
+        assert not any(p in optimizer.state for p in frozen)
+        assert not any(m.training for layer in freezer.layers[:2] for m in layer.modules)
+    expected = by_hand(build, STEPS, then)
+    for name, value in expected.state_dict().items():
+        assert torch.equal(value, model.state_dict()[name]), name
+    freezer.release()
+    assert all(p.requires_grad for p in model[:7].parameters()) is (who == "plan")
+
+
+@pytest.mark.parametrize(
+    ("plan", "frozen"),
+    [
+        (Frozen(3), 3),
+        (Frozen(all_but_last=1), 5),
+        (Frozen(share=0.5), 3),
+        (Frozen(share=0), 0),
+        (Frozen(up_to="bn1"), 1),
+        (Frozen(up_to="layer1"), 3),
+        (Frozen(up_to="layer2.0.conv2"), 4),
+        (Schedule(times=(0, 0, 0.5, 0.5, 0.9, 1)), 2),
+        (Frozen(2, then=Frozen(2, then=EARLY)), 4),
+    ],
+)
+def test_ways_to_say_which(plan: Plan, frozen: int) -> None:
+    model, x = ResNet(), torch.randn(2, 3, 8, 8)
+    freezer = FreezeOut(model, SGD(model.parameters(), 0.1), 10, schedule=plan, example_inputs=x)
+    assert freezer.num_frozen == frozen
+    assert [layer.is_frozen for layer in freezer.layers] == [True] * frozen + [False] * (6 - frozen)
+    table = str(freezer).splitlines()[2:]
+    assert ["start" in line for line in table] == [True] * frozen + [False] * (6 - frozen)
+
+
+@pytest.mark.parametrize(
+    ("plan", "total", "message"),
+    [
+        (lambda: Frozen(6), 10, r"Frozen\(first=6\) does not go with 6 layers: 0 to 5 of them can"),
+        (lambda: Frozen(99), 10, r"Frozen\(first=99\) does not go with 6 layers"),
+        (lambda: Frozen(all_but_last=7), 10, r"Frozen\(all_but_last=7\) does not go with 6 layers"),
+        (lambda: Frozen(all_but_last=0), 10, "all_but_last must be at least 1, got 0"),
+        (lambda: Frozen(-1), 10, "first must be at least 0, got -1"),
+        (lambda: Frozen(share=1.0), 10, r"share must be in \[0, 1\), got 1.0"),
+        (lambda: Frozen(up_to="layer9"), 10, "up_to='layer9' is no module of the model"),
+        (lambda: Frozen(up_to="fc"), 10, r"Frozen\(up_to='fc'\) does not go with 6 layers"),
+        (lambda: Frozen(2, share=0.5), 10, "takes one of .*, got first and share"),
+        (lambda: Frozen(), 10, "takes one of first, all_but_last, share, up_to, got none"),
+        (lambda: Schedule(times=(-0.1, 1)), 10, r"times\[0\] must be in \[0, 1\], got -0.1"),
+        (lambda: Schedule(times=(0, 1.5)), 10, r"times\[1\] must be in \[0, 1\], got 1.5"),
+        (lambda: Schedule(times=(0, 0.5)), 10, "times must end in 1"),
+        (Schedule, None, "total_steps must be given"),
+        (lambda: Frozen(1, then=Schedule()), None, "total_steps must be given"),
+        (lambda: Frozen(2, then=Schedule(times=(0.5, 1))), 10, "times has 2 entries for 4 layers"),
+    ],
+)
+def test_plans_that_do_not_go(plan: Any, total: int | None, message: str) -> None:
+    model, x = ResNet(), torch.randn(2, 3, 8, 8)
+    optimizer = SGD(model.parameters(), 0.1)
+    with pytest.raises(InvalidValue, match=message) as error:
+        FreezeOut(model, optimizer, total, schedule=plan(), example_inputs=x)
+    assert "\n" not in str(error.value)
+    assert all(p.requires_grad for p in model.parameters())
+    assert "step" not in vars(optimizer)
+    for kind in (Frozen, "cubic", 3):
+        with pytest.raises(InvalidType, match="schedule must be a plan, such as"):
+            FreezeOut(model, optimizer, 10, schedule=kind, example_inputs=x)  # type: ignore[arg-type]
+
+
+def test_a_run_whose_length_is_not_known() -> None:
+    model = start()
+    optimizer = SGD(model.parameters(), 0.1)
+    freezer = FreezeOut(model, optimizer, None, schedule=Frozen(3), example_inputs=images(0)[0])
+    run(model, [optimizer], freezer, images, range(50))
+    assert (freezer.num_frozen, freezer.next_freeze, freezer.is_unfinished) == (3, None, False)
+    assert freezer.freeze_steps == (0, 0, 0, None)
+    assert freezer.learning_rates == (0, 0, 0, 0.1)
+    assert str(freezer).startswith("FreezeOut at step 50, 3 of 4 layers frozen")
+    assert freezer.summary().startswith("froze 3 of 4 layers, 3 of them from the start; ")
+    other = start()
+    again = FreezeOut(
+        other, SGD(other.parameters(), 0.1), None, schedule=Frozen(3), example_inputs=images(0)[0]
+    )
+    again.load_state_dict(freezer.state_dict())
+    assert again.step_count == 50
+
+
+# --- what the user froze --------------------------------------------------------------------
+
+
+def test_layers_without_norms_or_dropout_are_taken_without_a_word() -> None:
+    model = linear_net()
+    model[:3].requires_grad_(False)
+    freezer = FreezeOut(
+        model, SGD(model.parameters(), 0.1), 20, schedule=EARLY, example_inputs=vectors(0)[0]
+    )
+    assert freezer.freeze_steps == (0, 0, 8, 20)
+    assert freezer.num_frozen == 2
+
+
+def test_norms_and_dropout_can_be_kept_awake() -> None:
+    model = start()
+    model[:7].requires_grad_(False)
+    optimizer = SGD(model.parameters(), 0.1)
+    with pytest.warns(UserWarning, match=r"2 layers in which nothing trains \('0' to '4'\) are fr"):
+        FreezeOut(model, optimizer, 20, example_inputs=images(0)[0]).release()
+    freezer = FreezeOut(model, optimizer, 20, example_inputs=images(0)[0], keep_awake=True)
+    assert [layer.name for layer in freezer.layers] == ["7", "12"]
+    run(model, [optimizer], freezer, images, range(3))
+    assert model[1].num_batches_tracked == 3
+    assert model[3].training
+
+
+def test_the_users_frozen_layers_count_among_the_first_ones_of_a_plan() -> None:
+    for plan, expected in (
+        (Frozen(3), (0, 0, 0, 20)),
+        (Frozen(1), (0, 0, 20, 20)),
+        (Frozen(1, then=EARLY), (0, 0, 8, 20)),
+        (Frozen(share=0.75, then=EARLY), (0, 0, 0, 20)),
+        (Frozen(up_to="4"), (0, 0, 0, 20)),
+        (Schedule(times=(0.5, 1)), (0, 0, 10, 20)),
+    ):
+        model = linear_net()
+        model[:3].requires_grad_(False)
+        freezer = FreezeOut(
+            model, SGD(model.parameters(), 0.1), 20, schedule=plan, example_inputs=vectors(0)[0]
+        )
+        assert freezer.freeze_steps == expected, plan
+
+
+def test_a_head_alone_is_a_plan_like_any_other_and_is_cached() -> None:
+    """As somebody writes it who has never heard of plans: all hits from the second epoch on."""
+    model = start()
+    model[:12].requires_grad_(False)
+    optimizer = Adam(model[12].parameters(), 0.01)
+    with pytest.warns(UserWarning, match="3 layers in which nothing trains"):
+        freezer = FreezeOut(model, optimizer, 12, example_inputs=images(0)[0])
+    x = torch.cat([images(i)[0] for i in range(3)])
+    y = torch.cat([images(i)[1] for i in range(3)])
+    cache = PrefixCache(freezer, len(x), depths=[3], budget=10**7)
+    found = []
+    for _ in range(4):
+        for ids in torch.arange(len(x)).chunk(3):
+            model.train()
+            torch.autograd.backward(nn.functional.cross_entropy(cache(x[ids], ids=ids), y[ids]))
+            optimizer.step()
+            optimizer.zero_grad()
+            freezer.step()
+        stats = cache.stats.take()
+        found.append((stats.hits, stats.misses, stats.bypassed))
+    assert found == [(0, len(x), 0)] + [(len(x), 0, 0)] * 3
+    assert model[1].num_batches_tracked == 0
+
+
+# --- plans of one's own ---------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Changes(Plan):
+    """Whatever is written down, at half the rate."""
+
+    changes: tuple[tuple[int, int], ...]
+
+    def timeline(self, num_layers: int, total_steps: int | None, freeze_every: int = 1) -> Timeline:
+        return Timeline.of(num_layers, total_steps, self.changes, freeze_every)
+
+    def factors(self, step: int, timeline: Timeline) -> tuple[float, ...]:
+        return tuple(0.5 * each for each in super().factors(step, timeline))
+
+
+def test_a_plan_that_thaws() -> None:
+    """The number of frozen layers may fall: `step()` returns what changed, either way, and what
+    comes back trains, with a fresh state of the optimizer."""
+    model = linear_net()
+    optimizer = SGD(model.parameters(), 0.1, momentum=0.9)
+    plan = Changes(((0, 3), (5, 1), (10, 2), (15, 0)))
+    freezer = FreezeOut(model, optimizer, 20, schedule=plan, example_inputs=vectors(0)[0])
+    changed, moved = {}, []
+    for step in range(20):
+        before = [layer.parameters[0].detach().clone() for layer in freezer.layers]
+        loss = loss_of(model, *vectors(step))
+        torch.autograd.backward(loss)
+        optimizer.step()
+        optimizer.zero_grad()
+        now = [layer.parameters[0] for layer in freezer.layers]
+        moved.append([not torch.equal(a, b) for a, b in zip(before, now, strict=True)])
+        if layers := freezer.step():
+            changed[step + 1] = [layer.name for layer in layers]
+    assert changed == {5: ["2", "4"], 10: ["2"], 15: ["0", "2"]}
+    frozen = [3] * 5 + [1] * 5 + [2] * 5 + [0] * 5
+    assert moved == [[i >= depth for i in range(4)] for depth in frozen]
+    assert freezer.learning_rates == (0.05,) * 4
+    assert freezer.timeline.counts() == [5, 5, 5, 5]
+    assert freezer.next_freeze is None
+
+
+def test_resuming_with_a_plan_of_ones_own() -> None:
+    model, other = linear_net(), linear_net()
+    other.load_state_dict(model.state_dict())
+    plan = Changes(((0, 2), (6, 1), (12, 3)))
+
+    def parts(net: nn.Module) -> tuple[SGD, FreezeOut]:
+        optimizer = SGD(net.parameters(), 0.1, momentum=0.9)
+        return optimizer, FreezeOut(net, optimizer, 20, schedule=plan, example_inputs=vectors(0)[0])
+
+    optimizer, freezer = parts(model)
+    run(model, [optimizer], freezer, vectors, range(9))
+    resumed, again = parts(other)
+    other.load_state_dict(model.state_dict())
+    resumed.load_state_dict(optimizer.state_dict())
+    again.load_state_dict(freezer.state_dict())
+    for net, opt, driver in ((model, optimizer, freezer), (other, resumed, again)):
+        run(net, [opt], driver, vectors, range(9, 20))
+    for a, b in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(a, b)
+    assert again.num_frozen == 3
+    third = FreezeOut(
+        linear := linear_net(),
+        SGD(linear.parameters(), 0.1),
+        20,
+        schedule=Changes(((0, 2), (6, 1), (12, 2))),
+        example_inputs=vectors(0)[0],
+    )
+    with pytest.raises(FreezeOutError, match=r"another schedule: plan was .*Changes.* and is now"):
+        third.load_state_dict(freezer.state_dict())
+
+
+class Broken(Plan):
+    def timeline(self, num_layers: int, total_steps: int | None, freeze_every: int = 1) -> Timeline:
+        return Timeline(num_layers + 1, total_steps)
+
+
+class Short(Frozen):
+    def factors(self, step: int, timeline: Timeline) -> tuple[float, ...]:
+        return (1.0,)
+
+
+@pytest.mark.parametrize(
+    ("plan", "message"),
+    [
+        (Broken(), "gave a timeline of 5 layers and 20 steps, for 4 and 20"),
+        (Short(1), "gave 1 factors for 4 layers"),
+        (Changes(((0, 4),)), "4 of 4 layers frozen at step 0: at most 3 can be"),
+    ],
+)
+def test_a_plan_that_contradicts_itself_is_named(plan: Plan, message: str) -> None:
+    model = linear_net()
+    with pytest.raises(InvalidValue, match=message):
+        FreezeOut(
+            model, SGD(model.parameters(), 0.1), 20, schedule=plan, example_inputs=vectors(0)[0]
+        )
+
+
+# --- what was saved -------------------------------------------------------------------------
+
+
+def clocked(monkeypatch: pytest.MonkeyPatch, seconds: Sequence[float]) -> None:
+    """Steps that take so long, one after another, from the second on."""
+    now = [0.0]
+    for each in seconds:
+        now.append(now[-1] + each)
+    times = iter(now)
+    monkeypatch.setattr("freezeout.savings.time.perf_counter", lambda: next(times))
+
+
+def test_seconds_of_a_static_prefix_are_predicted_and_said_to_be(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Four equal layers: a full step costs 4 forward and 8 backward passes of one; two frozen
+    ones leave 4 and 4, so a full step takes 12 / 8 of one that was measured."""
+    model = nn.Sequential(*(nn.Linear(5, 5, bias=False) for _ in range(4)))
+    x = torch.randn(8, 5)
+    optimizer = SGD(model.parameters(), 0.1, momentum=0.9)
+    freezer = FreezeOut(model, optimizer, None, schedule=Frozen(2), example_inputs=x[:2])
+    clocked(monkeypatch, [2.0] * 9)
+    assert freezer.seconds_saved() is None
+    for step in range(10):
+        torch.autograd.backward(model(x).sum())
+        optimizer.step()
+        optimizer.zero_grad()
+        freezer.step()
+        if step == 4:  # four durations so far
+            assert freezer.seconds_saved() is None
+            assert "time saved is not known yet" in freezer.summary()
+    saved = freezer.seconds_saved()
+    assert saved is not None
+    assert saved.seconds == pytest.approx(10.0)
+    assert saved.is_predicted
+    assert saved.share == pytest.approx(1 / 3)
+    kept = freezer.bytes_saved()
+    # Each frozen layer: 25 weights of 4 bytes, and as much momentum; the second one's input of
+    # 5 numbers for each of 8 items. The first one's is the batch, which is there all the same.
+    assert (kept.gradients, kept.optimizer_state) == (200, 200)
+    assert kept.activations == 5 * 4 * 8
+    assert freezer.summary() == (
+        "froze 2 of 4 layers, 2 of them from the start; 10 s saved (33% of the steps' time), "
+        "predicted from counted FLOPs in part; a step takes 200 B of gradients, 200 B of "
+        "optimizer state and 160 B of activations less"
+    )
+
+
+def test_seconds_that_a_cache_saves_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps in which it served are a kind of their own."""
+    model = nn.Sequential(*(nn.Linear(5, 5, bias=False) for _ in range(4)))
+    optimizer = SGD(model.parameters(), 0.1)
+    freezer = FreezeOut(
+        model, optimizer, None, schedule=Frozen(2), example_inputs=torch.randn(2, 5)
+    )
+    clocked(monkeypatch, [8.0] * 9 + [5.0] * 10)
+    for step in range(20):
+        if step >= 10:
+            freezer.served()
+        freezer.step()
+    saved = freezer.seconds_saved()
+    assert saved is not None  # a full step: 12 s
+    assert saved.seconds == pytest.approx(10 * 4 + 10 * 7)
+    assert saved.is_predicted
+
+
+def test_noise_is_no_saving(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps that seem to take longer with layers frozen, and pauses in the middle of few steps."""
+    model = linear_net()
+    freezer = FreezeOut(
+        model, SGD(model.parameters(), 0.1), 20, schedule=EARLY, example_inputs=vectors(0)[0]
+    )
+    clocked(monkeypatch, [1.0] * 7 + [1.0, 50.0, 1.0, 1.0] + [2.0] * 20)
+    for _ in range(12):
+        freezer.step()
+    saved = freezer.seconds_saved()  # four steps at depth 1: as counted, not as measured
+    assert saved is not None
+    assert saved.is_predicted
+    assert 0 < saved.share < 0.2
+    for _ in range(8):
+        freezer.step()
+    assert "-" not in freezer.summary()
