@@ -531,7 +531,9 @@ def frozen_from_start(
     model: nn.Module,
     optimizers: Sequence[Optimizer],
     total_steps: int | None,
+    *,
     schedule: Plan | None = None,
+    layers: Sequence[Any] | None = None,
     freeze_every: int = 1,
     keep_awake: bool = False,
 ) -> list[Layer]:
@@ -539,10 +541,11 @@ def frozen_from_start(
     defined tells; for frameworks in which it is not built before the first training pass."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        layers, given = _counted(find_layers(model), optimizers, keep_awake)
+        found = find_layers(model) if layers is None else given_layers(model, layers)
+    counted, given = _counted(found, optimizers, keep_awake)
     plan = Schedule() if schedule is None else schedule
-    _, timeline = _bound(plan, model, layers, given, total_steps, freeze_every)
-    return layers[: timeline.num_frozen(0)]
+    _, timeline = _bound(plan, model, counted, given, total_steps, freeze_every)
+    return counted[: timeline.num_frozen(0)]
 
 
 def thaw(model: nn.Module) -> bool:

@@ -7,8 +7,8 @@ from torch import nn
 from torch.optim import Optimizer
 
 from ..errors import InvalidValue
-from ..freezer import FreezeOut
-from ..layers import ExampleInputs
+from ..freezer import FreezeOut, frozen_from_start
+from ..layers import ExampleInputs, Layer
 from ..plan import Plan, check_plan
 from ..schedule import read_plan
 from ..values import plain, whole_number
@@ -92,6 +92,21 @@ class Adapter:
                 raise
         self.freezer = freezer
         return freezer
+
+    def _frozen_from_start(
+        self, model: nn.Module, optimizers: Sequence[Optimizer], total_steps: int | None
+    ) -> list[Layer]:
+        """The layers that the run's FreezeOut will freeze at step 0, before it is built."""
+        layers = None if self.layers is None else [_resolved(model, each) for each in self.layers]
+        return frozen_from_start(
+            model,
+            optimizers,
+            total_steps,
+            schedule=self.schedule,
+            layers=layers,
+            freeze_every=self.freeze_every,
+            keep_awake=self.keep_awake,
+        )
 
     def _end(self) -> None:
         """Leave an ordinary model and optimizers behind. `freezer` can still be asked what was."""

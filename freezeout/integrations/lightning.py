@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from ..errors import CheckpointError, FreezeOutError, InvalidValue
-from ..freezer import frozen_from_start, thaw
+from ..freezer import thaw
 from ..layers import Layer, Trace
 from ..layers.names import from_names, to_names
 from ..layers.trace import rows_of
@@ -47,6 +47,9 @@ class FreezeOutCallback(Adapter, Callback):
     _first: "_FirstStep | None" = None  # the first training step, while it is watched
     _early: tuple[Layer, ...] = ()  # frozen in it, before FreezeOut is built
     _counted = 0  # trainer.global_step when it was last looked at
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        thaw(pl_module)  # before optimizers are built of what requires a gradient
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._end()
@@ -114,19 +117,9 @@ class FreezeOutCallback(Adapter, Callback):
 
     def _freeze_early(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Layers that are frozen from the start are so in the first training pass, too."""
-        thaw(pl_module)
-        if self.layers is not None:
-            return
         try:
             self._early = tuple(
-                frozen_from_start(
-                    pl_module,
-                    trainer.optimizers,
-                    self._total(trainer),
-                    self.schedule,
-                    self.freeze_every,
-                    self.keep_awake,
-                )
+                self._frozen_from_start(pl_module, trainer.optimizers, self._total(trainer))
             )
         except FreezeOutError:
             return  # the first step will tell more
@@ -144,7 +137,7 @@ class FreezeOutCallback(Adapter, Callback):
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
         if self._first is not None:
-            self._first.forward_begins(rows_of(batch))
+            self._first.forward_begins(batch)
         if self.freezer is not None:
             self.freezer.forward_begins()
 
@@ -237,12 +230,12 @@ class _FirstStep:
         for optimizer in optimizers:
             optimizer.step = self._after_closure(optimizer)  # type: ignore[method-assign]
 
-    def forward_begins(self, rows: int) -> None:
+    def forward_begins(self, batch: Any) -> None:
         if self._trace is None and self._recording is None:
             trace, stack = Trace.recorder(), ExitStack()
-            trace.rows = rows
+            trace.rows = rows_of(batch)
             stack.enter_context(trace.listening(self._module, running=True))
-            stack.enter_context(trace.weighing(self._module))
+            stack.enter_context(trace.weighing(self._module, batch))
             self._recording = trace, stack
 
     def forward_ended(self) -> None:

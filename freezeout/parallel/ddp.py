@@ -102,7 +102,9 @@ def check_ranks_agree(freezer: FreezeOut, group: dist.ProcessGroup | None = None
     state = freezer.state_dict()
     layers = dict(enumerate(state.pop("layers")))
     names = {f"layer {i}": name for i, name in layers.items()}
-    check_equal({**state.pop("plan"), **state, "layers": len(layers), **names}, group)
+    changes = state.pop("changes")  # last: what they follow from says more
+    agreed = {**state.pop("plan"), **state, "layers": len(layers), **names, "changes": changes}
+    check_equal(agreed, group)
 
 
 def check_equal(values: Mapping[str, Any], group: dist.ProcessGroup | None = None) -> None:

@@ -19,14 +19,15 @@ from freezeout import FreezeOut
 from tests.integration.accelerate_runs import one_run
 from tests.integration.processes import KILLED, process
 from tests.models import conv_net, images
-from tests.plain_loop import BATCHES, EARLY, row, same, train
+from tests.plain_loop import BATCHES, EARLY, PLANS, row, same, train
 
 EPOCHS = 4
 
 
+@pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize("before", [False, True], ids=["prepared first", "FreezeOut first"])
-def test_equal_to_the_plain_loop(accumulate: int, before: bool) -> None:
+def test_equal_to_the_plain_loop(accumulate: int, before: bool, plan: str) -> None:
     """With a scheduler and clipping; the fifth batch of an epoch is a step by itself."""
     updates = EPOCHS * -(-BATCHES // accumulate)
 
@@ -37,11 +38,16 @@ def test_equal_to_the_plain_loop(accumulate: int, before: bool) -> None:
         return net, optimizer, StepLR(optimizer, 3, 0.5)
 
     def freezing(net: nn.Module, optimizer: Any) -> FreezeOut:
-        return FreezeOut(net, optimizer, updates, schedule=EARLY, example_inputs=images(0)[0])
+        inputs = images(0)[0]
+        return FreezeOut(net, optimizer, updates, schedule=PLANS[plan], example_inputs=inputs)
 
     net, optimizer, scheduler = parts()
     expected = train(
-        *(net, [optimizer], updates), schedulers=[scheduler], accumulate=accumulate, clip=0.5
+        *(net, [optimizer], updates),
+        schedulers=[scheduler],
+        accumulate=accumulate,
+        clip=0.5,
+        plan=PLANS[plan],
     )
 
     accelerator = Accelerator(gradient_accumulation_steps=accumulate)

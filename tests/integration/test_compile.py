@@ -2,7 +2,7 @@
 
 import copy
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch._dynamo.utils import counters
 from torch.nn.functional import cross_entropy
 from torch.optim import SGD, AdamW
 
-from freezeout import FreezeOut, FreezeOutError, Schedule
+from freezeout import FreezeOut, FreezeOutError, Frozen, Layer, Plan, Schedule
 from freezeout.lab.models.densenet import DenseNet
 from freezeout.lab.models.wide_resnet import WideResNet
 from freezeout.parallel import allow_stages, compile_layers
@@ -82,7 +82,13 @@ def even(num_layers: int, steps: int) -> Schedule:
 
 
 def driven(
-    model: nn.Module, data: Batch, steps: int, *, example: bool = True, **options: Any
+    model: nn.Module,
+    data: Batch,
+    steps: int,
+    *,
+    example: bool = True,
+    plan: Plan | None = None,
+    **options: Any,
 ) -> FreezeOut:
     inputs = data(0)[0]
     optimizer = SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=0.01)
@@ -93,7 +99,7 @@ def driven(
         model,
         optimizer,
         steps,
-        schedule=even(number, steps),
+        schedule=plan or even(number, steps),
         example_inputs=inputs if example else None,
         **options,
     )
@@ -109,6 +115,13 @@ def train(
     model = freezer.model
     (optimizer,) = (split.optimizer for split in freezer._optimizers)
     still: list[tuple[Tensor, Tensor]] = []
+
+    def watch(layers: Sequence[Layer]) -> None:
+        for layer in layers:
+            own = [*layer.parameters, *(b for m in layer.modules for b in m.buffers(recurse=False))]
+            still.extend((t, t.detach().clone()) for t in own)
+
+    watch(freezer.layers[: freezer.num_frozen])
     assert freezer.total_steps is not None
     for step in range(freezer.total_steps):
         torch.manual_seed(step)
@@ -123,9 +136,7 @@ def train(
         optimizer.zero_grad()
         for tensor, value in still:
             assert torch.equal(tensor, value)
-        for layer in freezer.step():
-            own = [*layer.parameters, *(b for m in layer.modules for b in m.buffers(recurse=False))]
-            still += [(t, t.detach().clone()) for t in own]
+        watch(freezer.step())
     assert freezer.num_frozen == len(freezer.layers) - 1
     return [t.detach().clone() for t in model.state_dict().values()]
 
@@ -138,10 +149,11 @@ def compared(
     *,
     autocast: bool = False,
     tolerance: float = 1e-5,
+    plan: Plan | None = None,
 ) -> FreezeOut:
     """Train uncompiled, and with compiled layers; the results must agree."""
-    expected = train(driven(build(), data, steps), data, autocast=autocast)
-    freezer = driven(build(), data, steps)
+    expected = train(driven(build(), data, steps, plan=plan), data, autocast=autocast)
+    freezer = driven(build(), data, steps, plan=plan)
     compile_layers(freezer, backend=backend)
     actual = train(freezer, data, autocast=autocast)
     torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
@@ -156,6 +168,21 @@ def test_fifty_equal_blocks_need_three_graphs() -> None:
     freezer = compared(lambda: residual(50), vectors, 60, graphs)
     assert freezer.num_frozen == 50
     assert graphs.frame_count == counters["stats"]["unique_graphs"] == 3
+
+
+def test_layers_frozen_from_the_start_share_graphs_too() -> None:
+    graphs = CompileCounterWithBackend("aot_eager")
+    plan = Frozen(3, then=even(6, 12))
+    freezer = compared(lambda: residual(8), vectors, 12, graphs, plan=plan)
+    assert freezer.freeze_steps[:3] == (0, 0, 0)
+    # Trained behind frozen ones, and frozen: none is trained behind a trained one at first, but
+    # those after it are.
+    assert graphs.frame_count == counters["stats"]["unique_graphs"] == 3
+
+
+def test_a_whole_model_frozen_from_the_start_needs_a_graph_for_each_depth() -> None:
+    freezer = driven(Net(4), vectors, 12, plan=Frozen(2, then=Schedule(times=(0.5, 0.75, 1))))
+    assert allow_stages(freezer) == 3
 
 
 @pytest.mark.parametrize("ahead", [False, True])

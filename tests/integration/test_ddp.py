@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel as DDP
 
-from freezeout import FreezeOut, Schedule
+from freezeout import FreezeOut, Frozen, Schedule
 from freezeout.errors import FreezeOutError, InvalidType, InvalidValue
 from freezeout.parallel import check_ranks_agree, rewrap
 
@@ -138,10 +138,12 @@ def loss_of(net: nn.Module, step: int, rank: int, size: int) -> Tensor:
     return nn.functional.cross_entropy(net(x[share]), y[share])
 
 
-def gradients(rank: int, size: int, options: dict[str, Any]) -> dict[int, dict[str, Tensor]]:
+def gradients(
+    rank: int, size: int, options: dict[str, Any], **plan: Any
+) -> dict[int, dict[str, Tensor]]:
     """All gradients, at a step of every depth; size 1: of one process."""
     model = plain()
-    optimizer, freezer = freezing(model)
+    optimizer, freezer = freezing(model, **plan)
     net: Any = DDP(model, **options) if size > 1 else model
     found = {}
     for step in range(STEPS):
@@ -185,6 +187,53 @@ def test_gradients_of_two_ranks_are_those_of_one_process(
     check_gradients(two, 2, options)
 
 
+START = {"schedule": Frozen(2, then=Schedule(0.5, "squared"))}
+
+
+def gradients_from_the_start(rank: int, size: int) -> Any:
+    return gradients(rank, size, {}, **START)
+
+
+def test_layers_frozen_from_the_start_are_not_waited_for(two: Processes) -> None:
+    alone = gradients(0, 1, {}, **START)
+    assert sorted(alone) == [2, 3, 4]
+    for found in two.run(gradients_from_the_start, 2):
+        assert found.keys() == alone.keys()
+        for depth, expected in alone.items():
+            assert found[depth].keys() == expected.keys()
+            for name, gradient in expected.items():
+                torch.testing.assert_close(found[depth][name], gradient, rtol=0, atol=1e-6)
+
+
+def wrapped_too_early(rank: int) -> tuple[str, list[bool], bool]:
+    """DDP, then a plan that freezes at once: the first step says so, and rewrap() mends it."""
+    model = plain()
+    net: Any = DDP(model)
+    _, freezer = freezing(model, schedule=Frozen(2))
+    said = ""
+    try:
+        loss_of(net, 0, rank, 2)
+    except FreezeOutError as error:
+        said = str(error)
+    net = rewrap(net)
+    for step in range(2):
+        loss_of(net, step, rank, 2).backward()  # type: ignore[no-untyped-call]
+        found = [p.grad is not None for p in model.parameters()]
+        model.zero_grad()
+        freezer.step()
+    late = DDP(model)
+    loss_of(late, 0, rank, 2).backward()  # type: ignore[no-untyped-call]
+    return said, found, all(p.grad is None for p in model[:2].parameters())
+
+
+def test_ddp_that_was_built_before_layers_were_frozen_is_told_of_at_once(two: Processes) -> None:
+    for said, found, rest in two.run(wrapped_too_early):
+        assert "waits for gradients of 16 parameters, and only 8 are trained now" in said
+        assert "freezeout.parallel.rewrap(ddp)" in said
+        assert found == [False] * 8 + [True] * 8
+        assert rest
+
+
 def test_gradients_of_four_ranks_are_those_of_one_process(four: Processes) -> None:
     check_gradients(four, 4, {})
 
@@ -192,14 +241,16 @@ def test_gradients_of_four_ranks_are_those_of_one_process(four: Processes) -> No
 # --- pain 3: DDP fixes its buckets when it is built ----------------------------------------
 
 
-def train_without_rewrap(rank: int, options: dict[str, Any]) -> str:
+def train_without_rewrap(rank: int, options: dict[str, Any], told: bool) -> str:
     model = plain()
     optimizer, freezer = freezing(model)
+    if not told:
+        freezer._engaged.arm = lambda loaded=False: None  # type: ignore[method-assign]
     net = DDP(model, **options)
     for step in range(STEPS):
         try:
             loss_of(net, step, rank, 2).backward()  # type: ignore[no-untyped-call]
-        except RuntimeError as error:
+        except (RuntimeError, FreezeOutError) as error:
             return f"{freezer.num_frozen}: {error}"
         optimizer.step()
         optimizer.zero_grad()
@@ -209,10 +260,13 @@ def train_without_rewrap(rank: int, options: dict[str, Any]) -> str:
 
 @pytest.mark.parametrize("static", [False, True])
 def test_the_naive_way_raises_where_rewrap_trains(two: Processes, static: bool) -> None:
-    """The tests above train with both."""
-    naive = two.run(train_without_rewrap, {"static_graph": static})
+    """The tests above train with both. FreezeOut says what to do before torch says that it is
+    lost."""
+    naive = two.run(train_without_rewrap, {"static_graph": static}, False)
     assert all(said.startswith("1: ") for said in naive), naive
     assert static or all("finished reduction" in said for said in naive), naive
+    told = two.run(train_without_rewrap, {"static_graph": static}, True)
+    assert all(said.startswith("1: ") and "rewrap(ddp)" in said for said in told), told
 
 
 # --- bytes, buckets, hooks, memory ---------------------------------------------------------

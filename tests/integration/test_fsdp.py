@@ -22,11 +22,14 @@ from torch.distributed.tensor import DTensor
 from torch.nn.functional import cross_entropy
 from torch.optim import SGD, AdamW, Optimizer
 
-from freezeout import FreezeOut, Schedule
+from freezeout import FreezeOut, Frozen, Plan, Schedule
 
 RANKS, STEPS, SAVED_AT = 2, 12, 7
 # Half of the first FSDP unit, the other half, a whole unit, embeddings and head: never.
 SCHEDULE = Schedule(times=(2 / 12, 4 / 12, 6 / 12, 1.0, 1.0), scale_lr=False)
+
+# The first half of a unit from the start, the other half later.
+START = Frozen(1, then=Schedule(times=(0.5, 1.0, 1.0, 1.0), scale_lr=False))
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")
 
@@ -72,9 +75,11 @@ def momentum(model: nn.Module) -> Optimizer:
     return SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.01)
 
 
-def driven(model: nn.Module, optimizer: Optimizer, example: bool = True) -> FreezeOut:
+def driven(
+    model: nn.Module, optimizer: Optimizer, example: bool = True, plan: Plan = SCHEDULE
+) -> FreezeOut:
     inputs = batch(0)[0] if example else None
-    return FreezeOut(model, optimizer, STEPS, schedule=SCHEDULE, example_inputs=inputs)
+    return FreezeOut(model, optimizer, STEPS, schedule=plan, example_inputs=inputs)
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -161,6 +166,10 @@ def on_each_rank(rank: int, port: int, folder: Path) -> None:
         load(checkpoint, model, optimizer, freezer)
         resumed = list(train(model, optimizer, freezer, range(SAVED_AT, STEPS), share))
         found[f"{build.__name__} resumed"] = resumed
+    model = sharded()
+    optimizer = adamw(model)
+    freezer = driven(model, optimizer, plan=START)
+    found["start"] = list(train(model, optimizer, freezer, range(STEPS), share))
     # Without example inputs: the order is checked in the first forward pass.
     model = sharded()
     optimizer = adamw(model)
@@ -180,11 +189,13 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return [torch.load(folder / f"rank{rank}.pt") for rank in range(RANKS)]
 
 
-def alone(build: Callable[[nn.Module], Optimizer]) -> tuple[FreezeOut, list[dict[str, Any]]]:
+def alone(
+    build: Callable[[nn.Module], Optimizer], plan: Plan = SCHEDULE
+) -> tuple[FreezeOut, list[dict[str, Any]]]:
     """The same run in one process, on whole batches."""
     model = network()
     optimizer = build(model)
-    freezer = driven(model, optimizer)
+    freezer = driven(model, optimizer, plan=plan)
     return freezer, list(train(model, optimizer, freezer, range(STEPS), slice(None)))
 
 
@@ -209,6 +220,24 @@ def test_trains_as_one_process_does(
             assert record["num_frozen"] == reference["num_frozen"]
             for key in ("gradients", "parameters"):
                 torch.testing.assert_close(record[key], reference[key], rtol=1e-5, atol=1e-5)
+
+
+def test_frozen_from_the_start(ranks: list[dict[str, Any]]) -> None:
+    freezer, expected = alone(adamw, START)
+    first = [whole(p) for p in network().parameters()]
+    held = [p in set(freezer.layers[0].parameters) for p in freezer.model.parameters()]
+    assert [record["num_frozen"] for record in expected] == [1] * 5 + [2] * 7
+    for found in ranks:
+        for record, reference in zip(found["start"], expected, strict=True):
+            assert record["num_frozen"] == reference["num_frozen"]
+            assert record["with_state"] == reference["with_state"]
+            for key in ("gradients", "parameters"):
+                torch.testing.assert_close(record[key], reference[key], rtol=1e-5, atol=1e-5)
+            for was, now, gradient, is_held in zip(
+                first, record["parameters"], record["gradients"], held, strict=True
+            ):
+                assert torch.equal(was, now) == is_held
+                assert not is_held or gradient is None
 
 
 def test_frozen_shards_stay_and_their_state_is_freed(ranks: list[dict[str, Any]]) -> None:

@@ -174,6 +174,30 @@ def test_frozen_from_the_start(plan: Plan | None, inputs: bool) -> None:
     assert all(p.requires_grad for p in module.parameters()) is (plan is not None)
 
 
+def test_frozen_from_the_start_with_layers_that_are_given() -> None:
+    module = Classifier()
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    callback, _ = fit(module, FreezeOutCallback(Frozen(2), layers=WITH_NORMS))
+    assert callback.freezer is not None
+    assert callback.freezer.freeze_steps[:3] == (0, 0, TOTAL)
+    moved = {n for n, value in module.state_dict().items() if not torch.equal(before[n], value)}
+    assert {name.split(".")[1] for name in moved} == {"7", "8", "12"}
+
+
+def test_an_order_of_definition_that_misleads_is_refused_in_the_first_step() -> None:
+    class Misleading(Classifier):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = Reversed()  # type: ignore[assignment]
+
+    module = Misleading()
+    data = [vectors(i) for i in range(BATCHES)]
+    with pytest.raises(InvalidValue, match="give the module an example_input_array"):
+        fit(module, FreezeOutCallback(Frozen(1)), data=data)
+    assert all(p.requires_grad for p in module.parameters())
+    assert not any("train" in vars(part) for part in module.modules())
+
+
 class Clipped(Classifier):
     def configure_optimizers(self) -> Any:
         return SGD(self.parameters(), 0.1, momentum=0.9, weight_decay=0.01)

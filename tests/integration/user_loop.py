@@ -21,9 +21,10 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import BatchSampler, RandomSampler
 
-from freezeout import FreezeOut, Schedule
+from freezeout import FreezeOut, Frozen, Plan, Schedule
 
 TOTAL = 16
+EARLY = Schedule(0.3, "linear")
 _BATCHES = 5  # an epoch; freezes come in the middle of epochs
 
 
@@ -35,6 +36,7 @@ class Configuration:
     scaler: bool = False
     clip: bool = False
     checkpointing: bool = False
+    plan: Plan = EARLY
 
 
 def _muon(model: nn.Module) -> list[Optimizer]:
@@ -66,6 +68,12 @@ CONFIGURATIONS = {
         lambda m: [Adagrad(m.parameters(), 0.05, lr_decay=0.1)],
         lambda o: CosineAnnealingLR(o, TOTAL),
         checkpointing=True,
+    ),
+    "start": Configuration(
+        lambda m: [AdamW(m.parameters(), 0.01, weight_decay=0.1)],
+        lambda o: CosineAnnealingLR(o, TOTAL),
+        clip=True,
+        plan=Frozen(2, then=EARLY),
     ),
 }
 
@@ -139,7 +147,7 @@ class Loop:
             self.model,
             self.optimizers,
             TOTAL,
-            schedule=Schedule(0.3, "linear"),
+            schedule=configuration.plan,
             example_inputs=self.data[:2],
         )
         self.schedulers = [configuration.scheduler(each) for each in self.optimizers]
