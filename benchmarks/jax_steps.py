@@ -49,11 +49,7 @@ def main() -> None:
     total = 1000
     freezer = FreezeOut(loss_fn, optax.adamw(1e-3), total, compile_ahead=False)
     freezer.init(params)
-    states = {
-        k: freezer.init(params, step=step)
-        for step in (0, *freezer.freeze_steps[:-1])
-        if (k := freezer.num_frozen(step)) in freezer.stages
-    }
+    states = {k: freezer.init(params, step=step) for step, k in freezer.timeline.changes}
 
     def seconds(state: TrainState) -> float:
         start = time.perf_counter()
@@ -73,7 +69,7 @@ def main() -> None:
             f"{k:6}  {1e3 * medians[k]:9.1f}  {medians[k] / medians[0]:5.3f}  "
             f"{flops[k] / 1e9:7.3f}  {flops[k] / flops[0]:5.3f}  {compile_seconds[k]:8.2f} s"
         )
-    share = saving(list(medians.values()), freezer.freeze_steps, total)
+    share = saving(list(medians.values()), freezer.timeline.counts())
     device = jax.devices()[0].device_kind
     print(
         f"time saved {share:.1%}, FLOPs saved {freezer.flops_saved():.1%}; "

@@ -534,14 +534,19 @@ def frozen_from_start(
     *,
     schedule: Plan | None = None,
     layers: Sequence[Any] | None = None,
+    example_inputs: ExampleInputs = None,
     freeze_every: int = 1,
     keep_awake: bool = False,
 ) -> list[Layer]:
-    """The layers that FreezeOut will freeze at step 0, as far as the order in which modules are
-    defined tells; for frameworks in which it is not built before the first training pass."""
+    """The layers that FreezeOut, with the same arguments, will freeze at step 0; for frameworks in
+    which it is not built before the first training pass."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        found = find_layers(model) if layers is None else given_layers(model, layers)
+        found = (
+            find_layers(model, example_inputs)
+            if layers is None
+            else given_layers(model, layers, example_inputs)
+        )
     counted, given = _counted(found, optimizers, keep_awake)
     plan = Schedule() if schedule is None else schedule
     _, timeline = _bound(plan, model, counted, given, total_steps, freeze_every)

@@ -94,7 +94,11 @@ class Adapter:
         return freezer
 
     def _frozen_from_start(
-        self, model: nn.Module, optimizers: Sequence[Optimizer], total_steps: int | None
+        self,
+        model: nn.Module,
+        optimizers: Sequence[Optimizer],
+        total_steps: int | None,
+        example_inputs: ExampleInputs = None,
     ) -> list[Layer]:
         """The layers that the run's FreezeOut will freeze at step 0, before it is built."""
         layers = None if self.layers is None else [_resolved(model, each) for each in self.layers]
@@ -104,6 +108,7 @@ class Adapter:
             total_steps,
             schedule=self.schedule,
             layers=layers,
+            example_inputs=example_inputs,
             freeze_every=self.freeze_every,
             keep_awake=self.keep_awake,
         )

@@ -12,8 +12,8 @@ runs.
 """
 
 import inspect
-from bisect import bisect_right
-from collections.abc import Callable, Iterable, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import Any, NamedTuple
@@ -25,7 +25,8 @@ import optax
 
 from ..cost import saving
 from ..errors import CheckpointError, FreezeOutError, InvalidType, InvalidValue, LayerOrderError
-from ..schedule import Schedule, factor
+from ..plan import Plan, Timeline, check_plan
+from ..schedule import Schedule
 from ..values import whole_number
 from .jax_order import first_out_of_order
 
@@ -54,33 +55,42 @@ def learning_rates(
     learning_rate: float | optax.Schedule,
     num_layers: int,
     total_steps: int,
-    schedule: Schedule | None = None,
+    schedule: Plan | None = None,
     freeze_every: int = 1,
 ) -> tuple[optax.Schedule, ...]:
-    """Eq. 1 as one optax schedule a layer, for optimizers put together by hand.
+    """The layers' learning rates as optax schedules, one a layer, for optimizers put together by
+    hand.
 
-    Each is a function of the update's number, from 0, and may be traced. With
+    Each is a function of the update's number, from 0, and may be traced. It holds the layer's
+    factors until the layer freezes: four bytes a step, or one number if they are all the same. With
     `optax.partition`, frozen layers would still be differentiated; `FreezeOut` avoids that.
 
     >>> [float(rate(0)) for rate in learning_rates(0.1, 2, 100, Schedule(0.5, "linear"))]
     [0.20000000298023224, 0.10000000149011612]
     """
-    schedule = _checked_schedule(schedule)
-    ends = schedule.freeze_steps(num_layers, total_steps, freeze_every)
+    plan = _checked_plan(schedule)
+    timeline = _timeline(plan, num_layers, whole_number("total_steps", total_steps), freeze_every)
+    ends = [total_steps if end is None else end for end in timeline.freeze_steps]
+    tables = [np.empty(end, np.float32) for end in ends]
+    for step in range(max(ends)):
+        factors = _factors(plan, step, timeline)
+        for table, factor in zip(tables[timeline.num_frozen(step) :], factors, strict=True):
+            table[step] = factor
     base = learning_rate if callable(learning_rate) else lambda step: learning_rate
 
-    def annealed(step: Any, end: int) -> jax.Array:
-        scale = total_steps / end if schedule.scale_lr else 1.0
-        # cos(pi x) + 1 = 2 cos(pi x / 2)**2, which keeps its precision where it comes to zero.
-        angle = (jnp.pi / 2) * jnp.minimum(step, end) / end
-        factor = jnp.where(step < end, scale * jnp.cos(angle) ** 2, 0.0)
-        return jnp.asarray(base(step) * factor)
+    def rate(step: Any, table: np.ndarray) -> jax.Array:
+        """`table`: the factors until the layer freezes."""
+        last = len(table) - 1
+        if last < 0:
+            return jnp.asarray(base(step) * 0.0)
+        factor = table[0] if (table == table[0]).all() else jnp.asarray(table)[_within(step, last)]
+        return jnp.asarray(base(step) * jnp.where(step <= last, factor, 0.0))
 
-    return tuple(partial(annealed, end=end) for end in ends)
+    return tuple(partial(rate, table=table) for table in tables)
 
 
 class FreezeOut:
-    """Trains a model whose layers are annealed and frozen, one after another.
+    """Trains a model whose layers are annealed and frozen by a plan.
 
     Args:
         loss_fn: `loss_fn(params, *batch) -> loss`, or, for a model with a state,
@@ -90,11 +100,12 @@ class FreezeOut:
         optimizer: any optax transformation whose updates are proportional to its learning rate,
             as those of optax's own optimizers are, line searches (LBFGS) excepted. Each layer's
             updates are multiplied by the layer's factor, on top of a schedule of their own.
-        total_steps: updates in the whole run.
+        total_steps: updates in the whole run. None, where the plan allows it: not known beforehand.
         layers: the layers in order of execution, each the name of a part of the parameter tree
             ("encoder.block_0": keys, indices and attributes joined by dots) or several names.
             Without it, the parameters are a list or tuple, and each entry is a layer.
-        schedule: when layers freeze.
+        schedule: the plan of what trains when: a `Schedule`, the paper's and the default; a
+            `Frozen`, for layers frozen from the start; or a `Plan` of your own that never thaws.
         freeze_every: freeze only after steps that are multiples of this: fewer graphs.
         has_aux: the loss function returns `(loss, aux)`, or `(loss, (new_model_state, aux))`.
         donate: let the step overwrite the state that it is given (halves the memory of what is
@@ -109,18 +120,18 @@ class FreezeOut:
         self,
         loss_fn: Callable[..., Any],
         optimizer: optax.GradientTransformation,
-        total_steps: int,
+        total_steps: int | None,
         *,
         layers: Sequence[Name | Sequence[Name]] | None = None,
-        schedule: Schedule | None = None,
+        schedule: Plan | None = None,
         freeze_every: int = 1,
         has_aux: bool = False,
         donate: bool = False,
         compile_ahead: bool = True,
     ) -> None:
-        self.total_steps = whole_number("total_steps", total_steps)
+        self.total_steps = None if total_steps is None else whole_number("total_steps", total_steps)
         self.freeze_every = whole_number("freeze_every", freeze_every)
-        self.schedule = _checked_schedule(schedule)
+        self.schedule = _checked_plan(schedule)
         self.optimizer = optax.with_extra_args_support(optimizer)
         self.has_aux = has_aux
         self.donate = donate
@@ -133,47 +144,73 @@ class FreezeOut:
         )
         self._given_layers = None if layers is None else [_names(entry) for entry in layers]
         self._tree: _Tree | None = None
-        self._freeze_steps: tuple[int, ...] = ()
+        self._plan, self._timeline = self.schedule, Timeline(1, None)
         self._graphs: dict[Any, Future[jax.stages.Compiled]] = {}
+        self._seen: tuple[Any, ...] = ()  # shapes of parameters, model state and batch, once known
+        self._full_flops: float | None = None
+        self._told_over = False
         self._thread = ThreadPoolExecutor(1, "freezeout-compile")
+        self._evaluate = jax.jit(self._loss, static_argnums=3)
 
     # --- where a run stands ---------------------------------------------------------------
 
     @property
-    def freeze_steps(self) -> tuple[int, ...]:
-        """For each layer, after how many steps it freezes; total_steps: never."""
+    def timeline(self) -> Timeline:
+        """When how many layers are frozen."""
         self._layout  # noqa: B018  (or an error that says what comes first)
-        return self._freeze_steps
+        return self._timeline
+
+    @property
+    def freeze_steps(self) -> tuple[int | None, ...]:
+        """For each layer, after how many steps it freezes (0: from the start); total_steps, or None
+        where that is not known: never."""
+        return self.timeline.freeze_steps
 
     @property
     def stages(self) -> tuple[int, ...]:
         """The numbers of frozen layers that occur in the run: as many as there are graphs."""
-        return tuple(sorted({self.num_frozen(f) for f in (0, *self.freeze_steps)}))
+        return self.timeline.depths
 
     def num_frozen(self, step: int) -> int:
         """How many layers are frozen once `step` updates have been made."""
-        # A layer that anneals until the last step is never frozen: no step is left to save.
-        return bisect_right([end for end in self.freeze_steps if end < self.total_steps], step)
+        return self.timeline.num_frozen(step)
 
     def factors(self, step: int) -> tuple[float, ...]:
         """Each layer's multiplier of the learning rate in update number `step`, from 0."""
-        scale = self.schedule.scale_lr
-        return tuple(factor(step, end, self.total_steps, scale) for end in self.freeze_steps)
+        frozen = self.num_frozen(step)
+        return (0.0,) * frozen + _factors(self._plan, step, self._timeline)
 
     def flops(self, num_frozen: int) -> float:
         """XLA's count for one step with `num_frozen` layers frozen; FreezeOutError before it has
         been compiled."""
         if num_frozen not in self.compiled:
             raise FreezeOutError(f"the step with {num_frozen} layers frozen is not compiled yet")
-        counted: Any = self.compiled[num_frozen].cost_analysis()
-        return float(counted["flops"])
+        return _flops(self.compiled[num_frozen])
 
-    def flops_saved(self) -> float:
-        """The share of the whole run's FLOPs that freezing saves; FreezeOutError before the last
-        stage has been compiled."""
+    def flops_saved(self, steps: int | None = None) -> float:
+        """The share of the FLOPs of the run, or of its first `steps` updates, that freezing saves
+        against training every layer; FreezeOutError before the stages in it have been compiled.
+
+        Where layers are frozen from the start, the step that trains every layer is compiled for
+        this, to be counted."""
+        counts = self._counts(None if steps is None else whole_number("steps", steps))
         # A depth that never occurs costs nothing: no step is made there.
-        costs = [self.flops(k) if k in self.stages else 0.0 for k in range(self._layout.num_layers)]
-        return saving(costs, self.freeze_steps, self.total_steps)
+        costs = [self.flops(k) if count else 0.0 for k, count in enumerate(counts)]
+        return saving([self._flops_of_all(), *costs[1:]], counts)
+
+    def summary(self, state: TrainState) -> str:
+        """What is frozen where `state` stands, and what that saved, in a line."""
+        step, layers = int(state.step), self._layout.num_layers
+        start = self.num_frozen(0)
+        parts = [f"froze {self.num_frozen(step)} of {layers} layers"]
+        if start:
+            parts[0] += f", {start} of them from the start"
+        if self.total_steps is not None and step < self.total_steps:
+            parts.append(f"made {step} of {self.total_steps} steps")
+        stages = {k for k, count in enumerate(self._counts(step)) if count}
+        if stages and stages <= self.compiled.keys():
+            parts.append(f"{self.flops_saved(step):.0%} of the FLOPs saved")
+        return "; ".join(parts)
 
     # --- training -------------------------------------------------------------------------
 
@@ -185,7 +222,7 @@ class FreezeOut:
 
         Raises:
             InvalidValue: a parameter that is no floating-point array, or belongs to no layer, or
-                to two; a layer without parameters.
+                to two; a layer without parameters; a plan that does not go with the layers.
             InvalidType: a model state, and a loss function that does not take `num_frozen`.
         """
         step = whole_number("step", step, minimum=0)
@@ -194,12 +231,13 @@ class FreezeOut:
                 "loss_fn must take num_frozen when there is a model state: frozen layers must "
                 "use their stored statistics, and only loss_fn can tell them to"
             )
-        self._tree = _Tree(params, self._given_layers)
-        self._freeze_steps = self.schedule.freeze_steps(
-            self._tree.num_layers, self.total_steps, self.freeze_every
-        )
+        tree = _Tree(params, self._given_layers)
+        self._plan = self.schedule.resolved(tree.parts)
+        self._timeline = _timeline(self._plan, tree.num_layers, self.total_steps, self.freeze_every)
+        self._tree = tree
         self._graphs.clear()
         self.compiled.clear()
+        self._seen, self._full_flops = (), None
         params, model_state = jax.tree.map(jnp.array, (params, model_state))
         whole = TrainState(0, params, self._fresh_opt_state(params, 0))
         for k in self.stages:  # an optimizer whose state cannot be divided is refused now
@@ -210,17 +248,19 @@ class FreezeOut:
     def step(self, state: TrainState, *batch: PyTree) -> tuple[TrainState, Any]:
         """One update: the new state, and the loss (or `(loss, aux)`).
 
+        Once the run's `total_steps` updates have been made, only the step is counted: no array
+        changes, and a warning says so, once.
+
         Raises:
-            FreezeOutError: the run's `total_steps` updates have been made.
             LayerOrderError: the loss function uses the layers in another order (looked for
                 before the first graph is compiled).
             CheckpointError: a state whose optimizer state belongs to another step.
         """
         count = whole_number("step", state.step, minimum=0)
-        if count >= self.total_steps:
-            raise FreezeOutError(f"step() after the run's total_steps = {self.total_steps} updates")
         k = self.num_frozen(count)
-        factors = np.asarray(self.factors(count)[k:], np.float32)
+        if self.timeline.is_over(count):
+            return state._replace(step=count + 1), self._evaluated(state, batch, k)
+        factors = np.asarray(_factors(self._plan, count, self._timeline), np.float32)
         arguments = (*self._arranged(state, k), factors, batch)
         signature = _signature(batch)
         key = (k, signature)
@@ -229,6 +269,7 @@ class FreezeOut:
                 self._check_order(state, batch)
             self._check_opt_state(state, k)
             self._graphs[key] = _done(self._lowered(k, arguments).compile())
+            self._seen = jax.tree.map(_shape_of, (state.params, state.model_state, batch))
         compiled = self.compiled[k] = self._graphs[key].result()
         trained, opt_state, moving, out = compiled(*arguments)
         params = self._layout.merge(trained, arguments[1][0])
@@ -303,8 +344,11 @@ class FreezeOut:
     ) -> None:
         """Hand the next stage's graph to the thread, once, from shapes alone. It is traced here,
         since JAX's settings (precision, 64 bits) and the user's code belong to this thread."""
-        following = next((stage for stage in self.stages if stage > k), None)
-        if not self.compile_ahead or following is None or (following, signature) in self._graphs:
+        change = self.timeline.next_change(state.step - 1)  # of the step that has just been made
+        if not self.compile_ahead or change is None:
+            return
+        following = change[1]
+        if (following, signature) in self._graphs:
             return
         if self.num_frozen(state.step) == k:
             state = state._replace(opt_state=self._pruned(state, following))
@@ -312,6 +356,38 @@ class FreezeOut:
         factors, batch = arguments[4][-(self._layout.num_layers - following) :], arguments[5]
         lowered = self._lowered(following, (*ahead, factors, batch))
         self._graphs[following, signature] = self._thread.submit(lowered.compile)
+
+    def _counts(self, steps: int | None) -> list[int]:
+        """The updates made with each number of frozen layers; none are after the run's end."""
+        if steps is None or self.timeline.is_over(steps):
+            steps = self.total_steps
+        return self.timeline.counts(end=steps)
+
+    def _evaluated(self, state: TrainState, batch: tuple[PyTree, ...], k: int) -> Any:
+        """The loss (or `(loss, aux)`) of a batch for which no update is made any more."""
+        if not self._told_over:
+            self._told_over = True
+            warnings.warn(
+                f"the run goes on after its total_steps = {self.total_steps} steps: these updates "
+                "change no parameter. Give FreezeOut as many total_steps as the loop makes",
+                stacklevel=3,
+            )
+        loss, (_, aux) = self._evaluate(state.params, state.model_state, batch, k)
+        return (loss, aux) if self.has_aux else loss
+
+    def _flops_of_all(self) -> float:
+        """Of a step that trains every layer, compiled to be counted where the run has none."""
+        if 0 in self.compiled:
+            return self.flops(0)
+        if self._full_flops is None:
+            if not self._seen:
+                raise FreezeOutError("the step with 0 layers frozen is not compiled yet")
+            params, model_state, batch = self._seen
+            whole = TrainState(0, params, self._fresh_opt_state(params, 0), model_state)
+            factors = np.ones(self._layout.num_layers, np.float32)
+            lowered = self._lowered(0, (*self._arranged(whole, 0), factors, batch))
+            self._full_flops = _flops(lowered.compile())
+        return self._full_flops
 
     def _fresh_opt_state(self, params: PyTree, k: int) -> PyTree:
         """Shapes of the optimizer state when k layers are frozen."""
@@ -372,6 +448,10 @@ class _Tree:
         for i, names in enumerate(layers):
             if i not in self.layer_of:
                 raise InvalidValue(f"layer {', '.join(names)!r} has no parameters in the tree")
+        # Of each layer, the names of the parts of the tree that are in it.
+        self.parts = [{*names} for names in layers]
+        for (path, _), i in zip(leaves, self.layer_of, strict=True):
+            self.parts[i].update(_parents(path, layers[i]))
 
     def _find(self, path: Any, leaf: Any) -> int:
         name = jax.tree_util.keystr(path, simple=True, separator=".")
@@ -439,10 +519,52 @@ class _Tree:
 # --- small things ---------------------------------------------------------------------------
 
 
-def _checked_schedule(schedule: Schedule | None) -> Schedule:
-    if schedule is not None and not isinstance(schedule, Schedule):
-        raise InvalidType(f"schedule must be a Schedule, got {type(schedule).__name__}")
-    return schedule or Schedule()
+def _checked_plan(schedule: Plan | None) -> Plan:
+    check_plan("schedule", schedule)
+    return Schedule() if schedule is None else schedule
+
+
+def _timeline(plan: Plan, num_layers: int, total_steps: int | None, every: int) -> Timeline:
+    """The plan's timeline; InvalidValue if it is none for these layers, or if it thaws."""
+    timeline = plan.timeline(num_layers, total_steps, every)
+    if (timeline.num_layers, timeline.total_steps) != (num_layers, total_steps):
+        raise InvalidValue(
+            f"the plan {plan} gave a timeline of {timeline.num_layers} layers and "
+            f"{timeline.total_steps} steps, for {num_layers} and {total_steps}"
+        )
+    if not timeline.rises:
+        raise InvalidValue(
+            f"a plan that thaws is not supported on JAX: the numbers of frozen layers of {plan}, "
+            f"{timeline.changes}, fall, and a frozen layer's optimizer state is gone from the state"
+        )
+    return timeline
+
+
+def _factors(plan: Plan, step: int, timeline: Timeline) -> tuple[float, ...]:
+    """Of the layers that are not frozen in update number `step`."""
+    factors = tuple(plan.factors(step, timeline))
+    if len(factors) != timeline.num_layers:
+        raise InvalidValue(
+            f"the plan {plan} gave {len(factors)} factors for {timeline.num_layers} layers"
+        )
+    return factors[timeline.num_frozen(step) :]
+
+
+def _within(step: Any, last: int) -> jax.Array:
+    return jnp.clip(jnp.asarray(step), 0, last).astype(int)
+
+
+def _flops(compiled: jax.stages.Compiled) -> float:
+    counted: Any = compiled.cost_analysis()
+    return float(counted["flops"])
+
+
+def _parents(path: Any, names: Sequence[str]) -> Iterator[str]:
+    """The names of what a leaf is in, those outside its layer left out."""
+    for end in range(1, len(path)):
+        name = jax.tree_util.keystr(path[:end], simple=True, separator=".")
+        if any(name.startswith(each + ".") for each in names):
+            yield name
 
 
 def _names(entry: Name | Iterable[Name]) -> tuple[str, ...]:

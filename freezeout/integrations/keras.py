@@ -3,46 +3,110 @@
     model.fit(x, y, epochs=30, callbacks=[FreezeOutCallback()])
 
 The frozen set changes a few times in a run, and each set is a static graph: when a layer freezes,
-its variables stop being trainable and the train function is built anew. The optimizer stays the
-user's. Its variables never change, so that checkpoints fit at any time; while `fit` runs, its
-learning rate is multiplied by each layer's factor, a function of the optimizer's own count of
-iterations. No state is kept anywhere else.
+the train function is built anew. Only while that runs are frozen variables not trainable, layers in
+inference mode, and the optimizer's learning rate multiplied by each layer's factor. Between steps,
+and whatever interrupts `fit`, the model and the optimizer are ordinary ones; checkpoints fit at any
+time. How many layers are frozen follows from the optimizer's own count of iterations.
 """
 
-import math
-from bisect import bisect_right
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import pairwise
+from types import TracebackType
 from typing import Any
 
 import keras
+import numpy as np
 from keras import ops
 
-from ..errors import FreezeOutError, InvalidType, InvalidValue, LayerOrderError
+from ..errors import InvalidType, InvalidValue, LayerOrderError
+from ..plan import Frozen, Plan, Timeline, check_plan
 from ..schedule import Schedule
 from ..values import whole_number
 
+_ROWS = 64  # updates whose factors are handed to the train function at once
+_ABSENT = object()
+
+
+class _Inside:
+    """What holds while a train function runs, and never between: attributes of objects, set past
+    their `__setattr__`, because Keras and TensorFlow would track what is set; and variables that
+    are not trainable."""
+
+    def __init__(self) -> None:
+        self.attributes: list[tuple[dict[str, Any], str, Any]] = []
+        self.resting: list[Any] = []
+        self._before: list[tuple[dict[str, Any], str, Any]] = []
+        self._stopped: list[Any] = []
+
+    def __enter__(self) -> None:
+        try:
+            for attributes, name, value in self.attributes:
+                self._before.append((attributes, name, attributes.get(name, _ABSENT)))
+                attributes[name] = value
+            for variable in self.resting:
+                if variable.trainable:
+                    self._stopped.append(variable)
+                    variable.trainable = False
+        except BaseException:
+            self.leave()
+            raise
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.leave()
+
+    def leave(self) -> None:
+        """Undo what has been done; what is left of that if it has been interrupted."""
+        while self._stopped:
+            self._stopped[-1].trainable = True
+            self._stopped.pop()
+        while self._before:
+            _put_back(*self._before[-1])
+            self._before.pop()
+
+
+def _put_back(attributes: dict[str, Any], name: str, value: Any) -> None:
+    if value is _ABSENT:
+        attributes.pop(name, None)
+    else:
+        attributes[name] = value
+
 
 class FreezeOutCallback(keras.callbacks.Callback):  # type: ignore[misc]
-    """Anneals and freezes a model's layers, one after another, while `model.fit` runs.
+    """Anneals and freezes a model's layers by a plan, while `model.fit` runs.
 
     A frozen layer's variables do not change, have no gradient, and its norms and dropout are in
-    inference mode. When `fit` ends, all is as before: every variable is trainable again.
+    inference mode. Between steps and when `fit` ends, however it ends, every variable is as
+    trainable as before.
+
+    Leading layers in which nothing trains, because the user has set `layer.trainable = False`, are
+    frozen from the start, each as a layer of its own; the plan is for the others.
 
     Args:
         total_steps: updates in the whole run, with all of its calls of `fit`; by default
             `fit`'s epochs times its steps (not micro-batches, with gradient accumulation).
-        schedule: when layers freeze.
+        schedule: the plan of what trains when: a `Schedule`, the paper's and the default; a
+            `Frozen`, for layers frozen from the start; or a `Plan` of your own that never thaws.
         layers: the layers in order of execution, each a Keras layer, its name, or several. By
             default, what one symbolic pass runs: every layer that has a kernel, with the norms
             and activations that follow it. Models inside models are taken apart, other composite
-            layers are not. Variables of no layer belong to the last one.
+            layers are not. Variables of no layer belong to the last one. What runs before the first
+            weight (augmentation, rescaling) is no layer, and goes on as it is.
         freeze_every: freeze only after steps that are multiples of this: fewer graphs.
+        keep_awake: True: layers that the user froze are left as they are, dropout in training
+            mode, and count as part of the first layer that trains.
 
     Attributes:
         layers: what freezes together, in order: lists of Keras layers.
-        freeze_steps: for each layer, after how many steps it freezes; total_steps: never.
+        timeline: when how many layers are frozen.
+        freeze_steps: for each layer, after how many steps it freezes (0: from the start);
+            total_steps, or None where that is not known: never.
         num_frozen: how many layers are frozen now (after `fit`: were, at its end).
     """
 
@@ -50,54 +114,61 @@ class FreezeOutCallback(keras.callbacks.Callback):  # type: ignore[misc]
         self,
         total_steps: int | None = None,
         *,
-        schedule: Schedule | None = None,
+        schedule: Plan | None = None,
         layers: Sequence[Any] | None = None,
         freeze_every: int = 1,
+        keep_awake: bool = False,
     ) -> None:
         super().__init__()
-        if total_steps is not None:
-            whole_number("total_steps", total_steps)
-        if schedule is not None and not isinstance(schedule, Schedule):
-            raise InvalidType(f"schedule must be a Schedule, got {type(schedule).__name__}")
-        self.total_steps = total_steps
-        self.schedule = schedule or Schedule()
+        check_plan("schedule", schedule)
+        if not isinstance(keep_awake, bool):
+            raise InvalidType(f"keep_awake must be True or False, got {keep_awake!r}")
+        self.total_steps = None if total_steps is None else whole_number("total_steps", total_steps)
+        self.schedule: Plan = Schedule() if schedule is None else schedule
         self.freeze_every = whole_number("freeze_every", freeze_every)
+        self.keep_awake = keep_awake
         self.layers: list[list[Any]] = []
-        self.freeze_steps: tuple[int, ...] = ()
+        self.timeline = Timeline(1, None)
         self.num_frozen = 0
         self._given_layers = layers
-        self._undo: list[Callable[[], None]] = []
+        self._plan = self.schedule
+        self._driven: Any = None  # the model, from the first epoch's begin until it is given back
+        self._inside = _Inside()
+        self._undo: list[tuple[dict[str, Any], str, Any]] = []
         self._epoch_start: int | None = None
+        self._made = 0
+        self._told_given = False
 
     # --- what Keras calls -----------------------------------------------------------------
 
     def on_train_begin(self, logs: Any = None) -> None:
+        self.release()  # another model, if its `fit` was interrupted
+        if (other := _driver(self.model)) is not None:
+            other.release()
         optimizer = _checked_optimizer(self.model)
-        if (other := vars(optimizer).get("_freezeout")) is not None:
-            other.release()  # its `fit` was interrupted
         every = optimizer.gradient_accumulation_steps or 1
         epochs, steps = self.params.get("epochs"), self.params.get("steps")
-        if self.total_steps is None and steps is None:
-            raise InvalidValue(
-                "total_steps must be given: how many steps an epoch has is not known beforehand"
-            )
-        self._total = self.total_steps or epochs * steps // every
-        if steps is not None and epochs * steps // every > self._total:
-            raise InvalidValue(
-                f"total_steps must be at least the {epochs * steps // every} steps of "
-                f"{epochs} epochs, got {self._total}"
-            )
+        total = self.total_steps
+        if steps is not None:
+            total = total or epochs * steps // every
+            if epochs * steps // every > total:
+                raise InvalidValue(
+                    f"total_steps must be at least the {epochs * steps // every} steps of "
+                    f"{epochs} epochs, got {total}"
+                )
         if not self.model.built:  # TensorFlow's `fit` would build it in the first step
             raise InvalidValue(
                 f"the model {self.model.name!r} must be built before fit: call it on a batch once"
             )
-        self.layers = _found(self.model, self._given_layers)
-        self.freeze_steps = self.schedule.freeze_steps(
-            len(self.layers), self._total, self.freeze_every
-        )
-        self.num_frozen = 0
+        found = _found(self.model, self._given_layers)
+        self.layers, given = _counted(self.model, found, self.keep_awake)
+        self._plan, self.timeline = self._bound(total, given)
+        self.num_frozen = self.timeline.num_frozen(0)
         self._every = every
-        self._epoch_start = None
+        self._epoch_start, self._made = None, 0
+        self._over = self._told_over = False
+        if given and not self._told_given:
+            self._told_given = _tell_given(self.layers[:given])
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
         # Other callbacks may have loaded a checkpoint at the beginning of training, not later.
@@ -108,18 +179,20 @@ class FreezeOutCallback(keras.callbacks.Callback):  # type: ignore[misc]
             self._offset = count - epoch * steps if steps is not None else count if not epoch else 0
             self._take_over()
         self._epoch_start = count - self._offset
-        step = self._epoch_start // self._every
-        self._check_length(step + 1)
-        self._stand_at(step)
+        self._made = self._epoch_start // self._every
+        self._stand_at(self._made)
 
     def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
         # Not at a batch's end: Keras would then wait for each batch's loss before the next.
         assert self._epoch_start is not None
-        step = (self._epoch_start + batch) // self._every
-        self._check_length(step)  # where batches are not counted, one more begins than there are
-        self._stand_at(step)
+        self._tell_over()
+        self._begun = self._epoch_start + batch
+        self._stand_at(self._begun // self._every)
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+        count = int(self.model.optimizer._iterations.numpy())
+        self._made = (count - self._offset) // self._every
+        self._tell_over()
         if logs is not None:
             logs["num_frozen"] = self.num_frozen
 
@@ -128,79 +201,230 @@ class FreezeOutCallback(keras.callbacks.Callback):  # type: ignore[misc]
 
     # --- for users ------------------------------------------------------------------------
 
+    @property
+    def freeze_steps(self) -> tuple[int | None, ...]:
+        return self.timeline.freeze_steps if self.layers else ()
+
     def learning_rates(self, step: int) -> tuple[float, ...]:
         """Each layer's learning rate at a step of the run, where the optimizer's is what it is
         now; 0 once frozen."""
-        factors = self.schedule.factors(step, len(self.layers), self._total, self.freeze_every)
         rate = float(ops.convert_to_numpy(self.model.optimizer.learning_rate))
-        return tuple(rate * factor for factor in factors)
+        return tuple(rate * factor for factor in self._factors(step))
+
+    def summary(self) -> str:
+        """What was frozen, in a line."""
+        start, total = self.timeline.num_frozen(0), self.timeline.total_steps
+        parts = [f"froze {self.num_frozen} of {len(self.layers)} layers"]
+        if start:
+            parts[0] += f", {start} of them from the start"
+        if total is not None and self._made < total:
+            parts.append(f"made {self._made} of {total} steps")
+        return "; ".join(parts)
 
     def release(self) -> None:
-        """Give back the model and the optimizer as they were: after an interrupted `fit`, say."""
-        if self._undo:
-            model = self.model  # on JAX, this has the values put back into the variables
-            while self._undo:
-                self._undo.pop()()
-            model.train_function = None
+        """Have the model train as an ordinary one: what is left of an interrupted `fit` goes. The
+        next `fit` does so by itself."""
+        self._inside.leave()
+        if self._driven is None:
+            return
+        model, self._driven = self._driven, None
+        while self._undo:
+            _put_back(*self._undo.pop())
+        model.make_train_function(force=True)
 
     # --- freezing -------------------------------------------------------------------------
 
-    def _check_length(self, steps: int) -> None:
-        if steps > self._total:
-            raise FreezeOutError(f"fit goes on after the run's total_steps = {self._total} steps")
+    def _bound(self, total: int | None, given: int) -> tuple[Plan, Timeline]:
+        """The plan for the layers, the first `given` of which the user froze; and its timeline."""
+        names, count = _names(self.model), len(self.layers)
+        parts = [
+            {name for u in group for name in names.get(id(u), [u.name])} for group in self.layers
+        ]
+        plan = self.schedule.resolved(parts, given)
+        if given:
+            plan = Frozen(given, then=plan)
+        timeline = plan.timeline(count, total, self.freeze_every)
+        if (timeline.num_layers, timeline.total_steps) != (count, total):
+            raise InvalidValue(
+                f"the plan {self.schedule} gave a timeline of {timeline.num_layers} layers and "
+                f"{timeline.total_steps} steps, for {count} and {total}"
+            )
+        if not timeline.rises:
+            raise InvalidValue(
+                "a plan that thaws is not supported on Keras: the numbers of frozen layers of "
+                f"{self.schedule}, {timeline.changes}, fall, and a thawed layer would go on with "
+                "the momentum that it had when it was frozen"
+            )
+        return plan, timeline
 
-    def _stand_at(self, step: int) -> None:
-        # A layer that anneals until the last step is never frozen: no step is left to save.
-        ends = [end for end in self.freeze_steps if end < self._total]
-        if (k := bisect_right(ends, step)) > self.num_frozen:
-            self._freeze(k)
-
-    def _freeze(self, k: int) -> None:
-        """Freeze the layers up to number k, and have the train function built anew."""
-        model = self.model  # on JAX, this has the values put back into the variables
-        for layers, variables in list(zip(self.layers, self._variables, strict=True))[
-            self.num_frozen : k
-        ]:
-            for layer in layers:
-                for part in layer._flatten_layers():
-                    self._set_inference(part)
-            for variable in variables:
-                variable.trainable = False
-                self._undo.append(partial(setattr, variable, "trainable", True))
-        self.num_frozen = k
-        self._leave_out_frozen(model.optimizer)
-        model.make_train_function(force=True)
-
-    def _set_inference(self, layer: Any) -> None:
-        """Have the layer called with training=False. `layer.trainable = False` would do it for
-        BatchNorm alone, and would be saved with the model."""
-        if layer._call_has_training_arg:
-            call = layer.call
-            self._replace(layer, "call", lambda *a, **kw: call(*a, **{**kw, "training": False}))
-
-    def _leave_out_frozen(self, optimizer: Any) -> None:
-        """The optimizer's lists of what it trains, without what is frozen. Its own variables
-        (momentum and the like) stay, and are found by their old places."""
-        kept = [v for v in optimizer._trainable_variables if v.trainable]
-        if optimizer.use_ema:
-            averages = optimizer._model_variables_moving_average
-            pairs = zip(optimizer._trainable_variables, averages, strict=True)
-            averages = [average for v, average in pairs if v.trainable]
-            self._replace(optimizer, "_model_variables_moving_average", averages)
-        indices = {optimizer._var_key(v): optimizer._get_variable_index(v) for v in kept}
-        self._replace(optimizer, "_trainable_variables_indices", indices)
-        self._replace(optimizer, "_trainable_variables", kept)
-
-    # --- learning rates -------------------------------------------------------------------
+    def _factors(self, step: int) -> tuple[float, ...]:
+        factors = tuple(self._plan.factors(step, self.timeline))
+        if len(factors) != len(self.layers):
+            raise InvalidValue(
+                f"the plan {self.schedule} gave {len(factors)} factors for {len(self.layers)} "
+                "layers"
+            )
+        return factors
 
     def _take_over(self) -> None:
-        """Multiply the optimizer's learning rate by each layer's factor, for as long as `fit`
-        runs, where the optimizer uses it: in a variable's update, and in its weight decay."""
+        """From now on the train function is this callback's."""
         model = self.model
+        if _driver(model) is not None:
+            raise InvalidValue("callbacks holds two FreezeOutCallbacks: give one")
         optimizer = model.optimizer
         if not optimizer.built:  # TensorFlow's would be in the first step, for what is then trained
             optimizer.build(model.trainable_variables)
         self._variables = _variables(model, self.layers)
+        self._per_execution = model.steps_per_execution
+        rows = -(-self._per_execution // self._every) + 1
+        self._span, self._filled = rows, range(0)
+        self._num_rows = max(_ROWS, rows)
+        self._table = keras.Variable(
+            np.zeros(self._num_rows * len(self.layers), np.float32),
+            *(None, "float32"),
+            trainable=False,
+            name="freezeout_factors",
+        )
+        self._by_layer = self._optimizer_attributes(optimizer)
+        self._stage: tuple[int, bool] | None = None
+        self._driven = model
+        self._make = model.make_train_function
+        # Every `fit` begins with it: if there is another before the end of this one, this one was
+        # interrupted.
+        self._replace(vars(model), "make_train_function", self._begun_anew)
+        if optimizer.use_ema:
+            averages = optimizer._model_variables_moving_average
+            self._averages, self._twins = list(averages), dict[int, Any]()
+            self._replace(vars(optimizer), "_model_variables_moving_average", averages)
+
+    def _tell_over(self) -> None:
+        # Not where it is made: on JAX, an error there, as a warning may be, loses all weights.
+        if self._over and not self._told_over:
+            self._told_over = True
+            warnings.warn(
+                f"fit goes on after the run's total_steps = {self.timeline.total_steps} steps: "
+                "these updates change no weight. Give FreezeOutCallback as many total_steps as fit "
+                "makes",
+                stacklevel=3,
+            )
+
+    def _begun_anew(self, force: bool = False) -> Any:
+        model = self._driven
+        self.release()
+        return model.make_train_function(force=force)
+
+    def _replace(self, attributes: Any, name: str, value: Any) -> None:
+        """Until `release()`."""
+        self._undo.append((attributes, name, attributes.get(name, _ABSENT)))
+        attributes[name] = value
+
+    def _stand_at(self, step: int) -> None:
+        if self._driven is None:
+            return  # release() was called while `fit` runs
+        stage = (self.timeline.num_frozen(step), self.timeline.is_over(step))
+        if stage != self._stage:
+            self._build(*stage)
+            self._stage = stage
+        if step not in self._filled or step + self._span - 1 not in self._filled:
+            self._fill(step)
+
+    def _build(self, k: int, over: bool) -> None:
+        """Have the train function built anew, for k frozen layers; after the run's end, for steps
+        that change nothing."""
+        model = self.model  # on JAX, this has the values put back into the variables
+        optimizer = model.optimizer
+        self.num_frozen = k
+        resting = [variable for variables in self._variables[:k] for variable in variables]
+        step = model.train_step
+
+        def train_step(*arguments: Any) -> Any:
+            # Not `step` itself: JAX would take its graph from another stage.
+            return step(*arguments)
+
+        own = vars(optimizer)
+        attributes = [
+            (vars(model), "train_step", train_step),
+            *((own, name, value) for name, value in self._by_layer.items()),
+            *((own, name, value) for name, value in self._left(optimizer, resting).items()),
+        ]
+        if over:
+            attributes.append((own, "apply", partial(_counted_only, optimizer)))
+        asleep = self.layers if over else self.layers[:k]
+        for part in (part for group in asleep for u in group for part in u._flatten_layers()):
+            # `layer.trainable = False` would do it for BatchNorm alone.
+            if part._call_has_training_arg:
+                attributes.append((vars(part), "call", partial(_in_inference, part.call)))
+        on_jax = keras.config.backend() == "jax"
+        if on_jax:
+            attributes.append((own, "_variables", [*optimizer._variables, self._table]))
+        self._inside.attributes, self._inside.resting = attributes, resting
+
+        ordinary = model.trainable_variables, model.non_trainable_variables
+        with self._inside:
+            inside = model.trainable_variables, model.non_trainable_variables
+            self._make(force=True)
+        places = _Places(ordinary, inside) if on_jax else None
+        model.train_function = partial(self._run, model.train_function, places, over)
+
+    def _run(self, function: Callable[..., Any], places: Any, over: bool, *arguments: Any) -> Any:
+        """The train function that `fit` calls."""
+        with self._inside:
+            if places is None:
+                result = function(*arguments)
+            else:
+                result = self._run_on_jax(function, places, *arguments)
+        self._made = (self._begun + self._per_execution) // self._every
+        self._over |= over
+        return result
+
+    def _run_on_jax(
+        self, function: Callable[..., Any], places: "_Places", state: Any, iterator: Any
+    ) -> Any:
+        """The values of all variables go in and out of the function, by whether they are trainable:
+        inside others are than outside. The factors are one more of the optimizer's."""
+        trainable, others, optimizer, metrics = state
+        mixed = places.inside(trainable, others)
+        logs, state = function((*mixed, [*optimizer, self._table.value], metrics), iterator)
+        trainable, others, (*optimizer, table), metrics = state
+        self._table.assign(table)
+        return logs, (*places.outside(trainable, others), optimizer, metrics)
+
+    # --- the optimizer --------------------------------------------------------------------
+
+    def _left(self, optimizer: Any, resting: Sequence[Any]) -> dict[str, Any]:
+        """The optimizer's lists of what it trains, without what is frozen. Its own variables
+        (momentum and the like) stay, and are found by their old places."""
+        gone = {id(variable) for variable in resting}
+        every = optimizer._trainable_variables
+        left = [v.trainable and id(v) not in gone for v in every]
+        kept = [v for v, stays in zip(every, left, strict=True) if stays]
+        lists = {
+            "_trainable_variables": kept,
+            "_trainable_variables_indices": {
+                optimizer._var_key(v): optimizer._get_variable_index(v) for v in kept
+            },
+        }
+        if optimizer.use_ema:
+            pairs = list(zip(every, self._averages, left, strict=True))
+            lists["_model_variables_moving_average"] = [a for _, a, stays in pairs if stays]
+            # Where weights and averages are exchanged between steps, frozen weights stay.
+            vars(optimizer)["_model_variables_moving_average"] = [
+                a if stays else self._twin(v) for v, a, stays in pairs
+            ]
+        return lists
+
+    def _twin(self, variable: Any) -> Any:
+        """A copy of a frozen variable: not itself, since TensorFlow exchanges two variables by
+        sums and differences."""
+        if id(variable) not in self._twins:
+            value = ops.stop_gradient(ops.copy(variable))
+            twin = keras.Variable(value, dtype=variable.dtype, trainable=False)
+            self._twins[id(variable)] = twin
+        return self._twins[id(variable)]
+
+    def _optimizer_attributes(self, optimizer: Any) -> dict[str, Any]:
+        """What multiplies the optimizer's learning rate by each layer's factor where the optimizer
+        uses it: in a variable's update, and in its weight decay."""
         layer_of = {
             optimizer._var_key(variable): i
             for i, variables in enumerate(self._variables)
@@ -233,10 +457,11 @@ class FreezeOutCallback(keras.callbacks.Callback):  # type: ignore[misc]
         def current_learning_rate() -> Any:
             return ops.multiply(rate(), factors[0]) if factors else rate()
 
-        self._replace(optimizer, "_freezeout", self)
-        self._replace(optimizer, "update_step", update_step)
-        self._replace(optimizer, "_apply_weight_decay", apply_weight_decay)
-        self._replace(optimizer, "_get_current_learning_rate", current_learning_rate)
+        attributes: dict[str, Any] = {
+            "update_step": update_step,
+            "_apply_weight_decay": apply_weight_decay,
+            "_get_current_learning_rate": current_learning_rate,
+        }
         if hasattr(optimizer, "_parallel_update_step"):  # PyTorch: several variables at once
             parallel = optimizer._parallel_update_step
 
@@ -250,29 +475,62 @@ class FreezeOutCallback(keras.callbacks.Callback):  # type: ignore[misc]
                         ops.multiply(learning_rate, factor_of(i)),
                     )
 
-            self._replace(optimizer, "_parallel_update_step", parallel_update_step)
-        model.make_train_function(force=True)
+            attributes["_parallel_update_step"] = parallel_update_step
+        return attributes
 
     def _factor(self, iterations: Any, layer: int) -> Any:
-        """Eq. 1 for the optimizer's current iteration, as a tensor of one number."""
-        end = self.freeze_steps[layer]
-        scale = self._total / end if self.schedule.scale_lr else 1.0
-        count = iterations - self._offset
-        step = ops.cast(ops.floor_divide(count, self._every), "float32")
-        # cos(pi x) + 1 = 2 cos(pi x / 2)**2, which keeps its precision where it comes to zero.
-        half = ops.cos(ops.minimum(step, float(end)) * (math.pi / 2 / end))
-        return ops.where(step < end, scale * half * half, 0.0)
+        """A layer's factor for the optimizer's current iteration, as a tensor of one number."""
+        step = ops.floor_divide(iterations - self._offset, self._every)
+        place = ops.mod(step, self._num_rows) * len(self.layers) + layer
+        return ops.take(self._table, place)
 
-    def _replace(self, owner: Any, name: str, value: Any) -> None:
-        """Set an attribute of one object until `release()`. Past `__setattr__`, because Keras and
-        TensorFlow would track what is set."""
-        attributes = vars(owner)
-        if name in attributes:
-            before = attributes[name]
-            self._undo.append(lambda: attributes.__setitem__(name, before))
-        else:
-            self._undo.append(lambda: attributes.__delitem__(name))
-        attributes[name] = value
+    def _fill(self, step: int) -> None:
+        """Put the factors of the next updates into the table: those of update s in row s modulo the
+        number of rows."""
+        rows = np.zeros((self._num_rows, len(self.layers)), np.float32)
+        self._filled = range(step, step + self._num_rows)
+        for s in self._filled:
+            if not self.timeline.is_over(s):
+                rows[s % self._num_rows] = self._factors(s)
+        self._table.assign(rows.ravel())
+
+
+class _Places:
+    """Where the values of trainable and of other variables go, in two orders of the same."""
+
+    def __init__(self, ordinary: Sequence[Sequence[Any]], inside: Sequence[Sequence[Any]]) -> None:
+        place_of = {id(v): place for place, v in enumerate([*ordinary[0], *ordinary[1]])}
+        self._inward = [place_of[id(v)] for v in [*inside[0], *inside[1]]]
+        self._outward = sorted(range(len(self._inward)), key=self._inward.__getitem__)
+        self._numbers = len(inside[0]), len(ordinary[0])
+
+    def inside(self, trainable: Sequence[Any], others: Sequence[Any]) -> tuple[Any, Any]:
+        values = [*trainable, *others]
+        return _parted([values[i] for i in self._inward], self._numbers[0])
+
+    def outside(self, trainable: Sequence[Any], others: Sequence[Any]) -> tuple[Any, Any]:
+        values = [*trainable, *others]
+        return _parted([values[i] for i in self._outward], self._numbers[1])
+
+
+def _parted(values: list[Any], number: int) -> tuple[list[Any], list[Any]]:
+    return values[:number], values[number:]
+
+
+def _in_inference(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    return call(*args, **{**kwargs, "training": False})
+
+
+def _counted_only(optimizer: Any, grads: Any, trainable_variables: Any = None) -> None:
+    """In the place of an optimizer's `apply`."""
+    optimizer._iterations.assign_add(1)
+
+
+def _driver(model: Any) -> FreezeOutCallback | None:
+    """The callback that has a model's train function, while `fit` runs or after it was
+    interrupted."""
+    owner = getattr(vars(model).get("make_train_function"), "__self__", None)
+    return owner if isinstance(owner, FreezeOutCallback) else None
 
 
 def _checked_optimizer(model: Any) -> Any:
@@ -294,11 +552,13 @@ def _found(model: Any, given: Sequence[Any] | None) -> list[list[Any]]:
     """The groups of Keras layers that freeze together, in order of execution."""
     if given is None:
         groups: list[list[Any]] = []
-        for unit in _in_order(model, list(_units(model))):
+        for unit in _in_order(model, [unit for unit, _ in _units(model)]):
             # A norm, an activation or dropout belongs to the kernel before it.
             if not groups or (_has_kernel(unit) and any(map(_has_kernel, groups[-1]))):
                 groups.append([])
             groups[-1].append(unit)
+            if not any(map(_weights, groups[0])):
+                groups.clear()  # what runs before the first weight belongs to the data
     else:
         groups = [_named(model, entry) for entry in given]
         try:
@@ -313,22 +573,73 @@ def _found(model: Any, given: Sequence[Any] | None) -> list[list[Any]]:
                 raise LayerOrderError(
                     f"layer {names[0]!r} runs after {names[1]!r}, and must come after it in layers"
                 )
-    if not any(unit.trainable_variables for group in groups for unit in group):
-        raise InvalidValue("the model has no trainable variables")
     return groups
 
 
+def _counted(model: Any, groups: list[list[Any]], keep_awake: bool) -> tuple[list[list[Any]], int]:
+    """The layers that count, and how many of them, the first ones, the user froze. Others in which
+    nothing trains are joined to the next one; after the last, to that."""
+    trainable = {id(v) for v in model.trainable_variables}
+    trains = [any(id(v) in trainable for u in group for v in u.variables) for group in groups]
+    if not any(trains):
+        raise InvalidValue("the model has no trainable variables")
+    given = 0
+    # Of what has no weights at all the user has not frozen anything.
+    while not keep_awake and not trains[given] and any(map(_weights, groups[given])):
+        given += 1
+    counted, waiting = groups[:given], []
+    for group, counts in zip(groups[given:], trains[given:], strict=True):
+        waiting.extend(group)
+        if counts:
+            counted.append(waiting)
+            waiting = []
+    counted[-1] = [*counted[-1], *waiting]
+    return counted, given
+
+
+def _tell_given(layers: Sequence[Sequence[Any]]) -> bool:
+    """That dropout in layers which the user froze is off, if there is any."""
+    parts = (part for group in layers for u in group for part in u._flatten_layers())
+    rates = (getattr(part, name, None) for part in parts for name in _RATES)
+    tell = any(isinstance(rate, float) and rate > 0 for rate in rates)
+    if tell:
+        warnings.warn(
+            f"{len(layers)} layers in which nothing trains ({layers[0][0].name!r} to "
+            f"{layers[-1][0].name!r}) are frozen from the start, their dropout off; "
+            "FreezeOutCallback(..., keep_awake=True) leaves these as they are",
+            stacklevel=2,
+        )
+    return tell
+
+
+_RATES = ("rate", "stddev", "dropout", "_dropout", "recurrent_dropout")
+
+
+def _weights(unit: Any) -> list[Any]:
+    """What trains in a layer unless the user has frozen it."""
+    return [v for part in unit._flatten_layers() for v in part._trainable_variables]
+
+
 def _has_kernel(unit: Any) -> bool:
-    return any(len(v.shape) > 1 for v in unit.trainable_variables)
+    return any(len(v.shape) > 1 for v in _weights(unit))
 
 
-def _units(model: Any) -> Iterator[Any]:
-    """The layers of a model, and of the models inside it."""
+def _units(model: Any, inside: tuple[str, ...] = ()) -> Iterator[tuple[Any, tuple[str, ...]]]:
+    """The layers of a model, and of the models inside it, with the names of these."""
     for layer in model.layers:
         if isinstance(layer, keras.Model):
-            yield from _units(layer)
+            yield from _units(layer, (*inside, layer.name))
         else:
-            yield layer
+            yield layer, inside
+
+
+def _names(model: Any) -> dict[int, list[str]]:
+    """What layers may be called by, by their ids: their own name, and that behind the names of the
+    models that they are in, joined by dots."""
+    return {
+        id(unit): [".".join([*inside[i:], unit.name]) for i in range(len(inside) + 1)]
+        for unit, inside in _units(model)
+    }
 
 
 def _named(model: Any, entry: Any) -> list[Any]:

@@ -8,8 +8,8 @@ runs, and its closure is called before the optimizer's step, in which FreezeOut 
 """
 
 import warnings
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from functools import wraps
 from typing import Any
 
@@ -91,24 +91,10 @@ class FreezeOutCallback(Adapter, Callback):
                 f"{type(trainer.strategy).__name__}"
             )
         total = self._total(trainer)
-        try:
+        with _length_asked_for(total):
             freezer = self._start(pl_module, trainer.optimizers, total, **how)
-        except InvalidValue as error:
-            if total is not None or "total_steps" not in str(error):
-                raise
-            raise InvalidValue(
-                f"{error}; how many steps the run will make is not known: give "
-                "Trainer(max_steps=...), or FreezeOutCallback(total_steps=...)"
-            ) from error
         check_ranks_agree(freezer)
-        if isinstance(how.get("example_inputs"), Trace):  # the first training pass has been
-            expected = [_parts(layer) for layer in freezer.layers[: freezer.num_frozen]]
-            if expected != [_parts(layer) for layer in early]:
-                raise InvalidValue(
-                    "layers are to be frozen from the start, and the order in which modules are "
-                    "defined does not tell which: give the module an example_input_array"
-                )
-        elif freezer.num_frozen:
+        if freezer.num_frozen and not early:
             self._rewrap(trainer)
 
     def _total(self, trainer: Trainer) -> int | None:
@@ -133,6 +119,22 @@ class FreezeOutCallback(Adapter, Callback):
         if isinstance(trainer.strategy.model, DistributedDataParallel):
             trainer.strategy.model = rewrap(trainer.strategy.model)
 
+    def _check_early(self, trainer: Trainer, pl_module: LightningModule, trace: Trace) -> None:
+        """InvalidValue unless the first training pass bears out which layers are frozen in it."""
+        assert self._first is not None
+        for layer in self._early:
+            layer.unfreeze()
+        total = self._total(trainer)
+        with self._first.untoggled(), _length_asked_for(total):
+            found = self._frozen_from_start(pl_module, trainer.optimizers, total, trace)
+        for layer in self._early:
+            layer.freeze()
+        if [_parts(layer) for layer in found] != [_parts(layer) for layer in self._early]:
+            raise InvalidValue(
+                "layers are to be frozen from the start, and the order in which modules are "
+                "defined does not tell which: give the module an example_input_array"
+            )
+
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
@@ -145,7 +147,9 @@ class FreezeOutCallback(Adapter, Callback):
         self, trainer: Trainer, pl_module: LightningModule, loss: Tensor
     ) -> None:
         if self._first is not None:
-            self._first.forward_ended()
+            trace = self._first.forward_ended()
+            if trace is not None:
+                self._check_early(trainer, pl_module, trace)
         if self.freezer is not None:
             self.freezer.forward_ended(loss)
 
@@ -207,6 +211,20 @@ class FreezeOutCallback(Adapter, Callback):
         self._state = state_dict
 
 
+@contextmanager
+def _length_asked_for(total_steps: int | None) -> Iterator[None]:
+    """Where a plan needs the length of the run and Lightning does not know it: what to do."""
+    try:
+        yield
+    except InvalidValue as error:
+        if total_steps is not None or "total_steps" not in str(error):
+            raise
+        raise InvalidValue(
+            f"{error}; how many steps the run will make is not known: give "
+            "Trainer(max_steps=...), or FreezeOutCallback(total_steps=...)"
+        ) from error
+
+
 def _parts(layer: Layer) -> set[Any]:
     return {*layer.modules, *layer.parameters}
 
@@ -238,11 +256,24 @@ class _FirstStep:
             stack.enter_context(trace.weighing(self._module, batch))
             self._recording = trace, stack
 
-    def forward_ended(self) -> None:
-        if self._recording is not None:
-            self._trace, stack = self._recording
-            self._recording = None
-            stack.close()
+    def forward_ended(self) -> Trace | None:
+        """The record, if this ends the first forward pass."""
+        if self._recording is None:
+            return None
+        self._trace, stack = self._recording
+        self._recording = None
+        stack.close()
+        return self._trace
+
+    @contextmanager
+    def untoggled(self) -> Iterator[None]:
+        """Inside, what is trained requires a gradient, whatever toggle_optimizer() has done."""
+        held = [p for p in self._trained if not p.requires_grad]
+        for parameter in held:
+            parameter.requires_grad_(True)
+        yield
+        for parameter in held:
+            parameter.requires_grad_(False)
 
     def batch_ended(self) -> None:
         """Without a loss, if it is still being recorded."""
@@ -277,12 +308,8 @@ class _FirstStep:
                     )
                 return step(**kwargs)  # training_step() gave no loss
             self.leave()
-            held = [p for p in self._trained if not p.requires_grad]
-            for parameter in held:
-                parameter.requires_grad_(True)
-            self._build(self._trace)
-            for parameter in held:
-                parameter.requires_grad_(False)
+            with self.untoggled():
+                self._build(self._trace)
             return optimizer.step(**kwargs)
 
         return first

@@ -36,8 +36,8 @@ def new_model(optimizer: Any = None, dropout: float = 0.0, **options: Any) -> An
     model = keras.Sequential(
         [
             *(kl.Input((6,)), kl.Dense(4, name="one"), kl.BatchNormalization(name="norm")),
-            *(kl.ReLU(), kl.Dropout(dropout, name="dropout"), kl.Dense(4, name="two")),
-            *(kl.BatchNormalization(name="norm_2"), kl.ReLU()),
+            *(kl.ReLU(), kl.Dropout(dropout, seed=3, name="dropout")),
+            *(kl.Dense(4, name="two"), kl.BatchNormalization(name="norm_2"), kl.ReLU()),
             *(kl.Dense(8, activation="tanh", name="three"), kl.Dense(CLASSES, name="four")),
         ]
     )

@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from freezeout import FreezeOut as TorchFreezeOut
-from freezeout import Schedule
+from freezeout import Frozen, Plan, Schedule, Timeline
 from freezeout.cost import saving
 from freezeout.errors import (
     CheckpointError,
@@ -57,7 +57,8 @@ def new_freezer(optimizer: optax.GradientTransformation, **changes: Any) -> Free
     """Freezes layer 0 at step 6, and 1 and 2 together at step 12, of 24."""
     options: dict[str, Any] = {"layers": jax_loop.LAYERS, "compile_ahead": False}
     options["schedule"] = Schedule(times=(0.25, 0.5, 0.5, 1))
-    return FreezeOut(jax_loop.loss_fn, optimizer, jax_loop.TOTAL, **(options | changes))
+    options["total_steps"] = jax_loop.TOTAL
+    return FreezeOut(jax_loop.loss_fn, optimizer, **(options | changes))
 
 
 def trained(freezer: FreezeOut, state: TrainState, steps: int) -> TrainState:
@@ -310,7 +311,7 @@ def test_flops_of_the_compiled_step_fall_as_foretold(kind: str) -> None:
     counted = [freezer.flops(k) for k in range(n)]
     for k in range(1, n):
         assert counted[k] / counted[0] == pytest.approx(foretold[k] / foretold[0], rel=0.03)
-    assert freezer.flops_saved() == pytest.approx(saving(foretold, range(1, n + 1), n), rel=0.03)
+    assert freezer.flops_saved() == pytest.approx(saving(foretold, [1] * n), rel=0.03)
 
 
 def _turned(product: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
@@ -603,7 +604,7 @@ def test_what_is_given_is_checked() -> None:
         jax_loop.new_freezer(layers=None).init([jnp.ones(2, int)])
     with pytest.raises(InvalidValue, match=r"params\.0 .* got .*, pass equinox"):
         jax_loop.new_freezer(layers=None).init([jax.nn.relu])
-    with pytest.raises(InvalidType, match="schedule must be a Schedule, got str"):
+    with pytest.raises(InvalidType, match=r"schedule must be a plan, such as .* got str"):
         jax_loop.new_freezer(schedule="cubic")
     with pytest.raises(InvalidType, match="loss_fn must take num_frozen"):
         jax_loop.new_freezer().init(params, {"mean": jnp.ones(2)})
@@ -620,8 +621,175 @@ def test_the_run_s_length_and_other_states_are_refused() -> None:
         freezer.flops_saved()
     with pytest.raises(CheckpointError, match="at step 20 3 layers are frozen"):
         freezer.step(state._replace(step=20), *jax_loop.batch(0))
-    with pytest.raises(FreezeOutError, match="total_steps = 24"):
-        freezer.step(state._replace(step=24), *jax_loop.batch(0))
+    late = freezer.init(jax_loop.params(), step=24)
+    with pytest.warns(UserWarning, match="goes on after its total_steps = 24 steps"):
+        after, loss = freezer.step(late, *jax_loop.batch(0))
+    x, y = map(jnp.asarray, jax_loop.batch(0))
+    assert float(loss) == pytest.approx(float(jax_loop.loss_fn(late.params, x, y)))
+    again, _ = freezer.step(after, *jax_loop.batch(1))  # without another warning
+    assert (after.step, again.step) == (25, 26)
+    assert bits(again._replace(step=24)) == bits(late)
+
+
+# --- plans --------------------------------------------------------------------------------
+
+
+PLANS = [
+    (Frozen(2), (2,)),
+    (Frozen(all_but_last=1), (3,)),
+    (Frozen(up_to="second"), (2,)),
+    (Frozen(1, then=Schedule(times=(0.25, 0.5, 1))), (1, 2, 3)),
+    (Schedule(times=(0, 0, 0.5, 1)), (2, 3)),
+]
+
+
+@pytest.mark.parametrize(("plan", "stages"), PLANS, ids=str)
+def test_layers_frozen_from_the_start(plan: Plan, stages: tuple[int, ...]) -> None:
+    freezer = new_freezer(optax.adamw(1e-2, weight_decay=0.1), schedule=plan)
+    state = freezer.init(jax_loop.params())
+    assert freezer.stages == stages
+    for step in range(jax_loop.TOTAL):
+        k = freezer.num_frozen(step)
+        held = " ".join(jax.tree_util.keystr(path) for path, _ in leaves(state.opt_state))
+        assert [f"['{layer}']" in held for layer in jax_loop.LAYERS] == [i >= k for i in range(4)]
+        previous = state
+        state, _ = freezer.step(state, *jax_loop.batch(step))
+        moved = [bits(state.params[x]) != bits(previous.params[x]) for x in jax_loop.LAYERS]
+        assert moved == [i >= k for i in range(4)]
+    assert {*freezer.compiled} == {*stages}
+    costs = [freezer.flops_saved(1)]  # of the first step alone, against one that trains all
+    whole = new_freezer(optax.adamw(1e-2, weight_decay=0.1), schedule=Schedule(1))
+    trained(whole, whole.init(jax_loop.params()), 1)
+    assert costs[0] == pytest.approx(1 - freezer.flops(stages[0]) / whole.flops(0), abs=1e-12)
+    assert freezer.flops_saved() >= costs[0] > 0
+    saved = f"{freezer.flops_saved():.0%} of the FLOPs saved"
+    start = f"froze {stages[-1]} of 4 layers, {stages[0]} of them from the start"
+    assert freezer.summary(state) == f"{start}; {saved}"
+    early = freezer.summary(freezer.init(jax_loop.params(), step=3))
+    assert "; made 3 of 24 steps" in early
+
+
+def test_a_frozen_prefix_trains_as_if_its_parameters_were_constants() -> None:
+    """The same bits as an ordinary run of optax over the other layers alone."""
+    params, optimizer = jax_loop.params(), optax.adamw(1e-2, weight_decay=0.1)
+    freezer = new_freezer(optimizer, schedule=Frozen(2), total_steps=None)
+    state = trained(freezer, freezer.init(params), 6)
+
+    constant = {name: params[name] for name in jax_loop.LAYERS[:2]}
+    others = {name: params[name] for name in jax_loop.LAYERS[2:]}
+    opt_state = optimizer.init(others)
+
+    @jax.jit
+    def update(others: Any, opt_state: Any, x: jax.Array, y: jax.Array) -> Any:
+        grads = jax.grad(lambda p: jax_loop.loss_fn({**constant, **p}, x, y))(others)
+        updates, opt_state = optimizer.update(grads, opt_state, others)
+        return optax.apply_updates(others, updates), opt_state
+
+    for step in range(6):
+        others, opt_state = update(others, opt_state, *jax_loop.batch(step))
+    for mine, theirs in zip(
+        jax.tree.leaves({name: state.params[name] for name in others}),
+        jax.tree.leaves(others),
+        strict=True,
+    ):
+        np.testing.assert_allclose(mine, theirs, rtol=0, atol=1e-7)  # fused otherwise
+    assert bits({name: state.params[name] for name in constant}) == bits(constant)
+
+
+def test_a_run_frozen_from_the_start_needs_no_length_and_resumes_exactly() -> None:
+    def new() -> FreezeOut:
+        return new_freezer(optax.adamw(1e-2), schedule=Frozen(2), total_steps=None)
+
+    freezer = new()
+    state = trained(freezer, freezer.init(jax_loop.params()), 5)
+    assert freezer.freeze_steps == (0, 0, None, None)
+    assert freezer.factors(10**9) == (0.0, 0.0, 1.0, 1.0)
+    whole = trained(freezer, state, 5)
+    assert freezer.flops_saved(10) > 0
+    with pytest.raises(InvalidValue, match="give total_steps"):
+        freezer.flops_saved()
+    other = new()
+    fresh = other.init(jax_loop.params(), step=5)
+    restored = jax.tree.unflatten(jax.tree.structure(fresh), jax.tree.leaves(state))
+    assert bits(trained(other, restored, 5)) == bits(whole)
+
+
+def test_a_norm_frozen_from_the_start_keeps_its_statistics() -> None:
+    freezer = FreezeOut(
+        *(with_norms(False), optax.sgd(0.1), 4), layers=jax_loop.LAYERS, schedule=Frozen(2)
+    )
+    stats = {name: {"mean": jnp.full(8, 0.5)} for name in jax_loop.LAYERS}
+    state = trained(freezer, freezer.init(jax_loop.params(), stats), 2)
+    moved = [bits(state.model_state[x]) != bits(stats[x]) for x in jax_loop.LAYERS]
+    assert moved == [False, False, True, True]
+
+
+def test_up_to_names_a_part_of_the_tree() -> None:
+    params = {"stem": {"w": jnp.eye(8)}, "trunk": [{"w": jnp.eye(8)}] * 2, "head": jnp.eye(8)}
+
+    def loss_fn(params: Any, x: jax.Array, y: jax.Array) -> jax.Array:
+        for w in (params["stem"]["w"], *(each["w"] for each in params["trunk"]), params["head"]):
+            x = x @ w
+        return jnp.mean((x - y) ** 2)
+
+    def frozen(layers: Any, name: str) -> int:
+        freezer = FreezeOut(loss_fn, optax.sgd(0.1), 4, layers=layers, schedule=Frozen(up_to=name))
+        freezer.init(params)
+        return freezer.num_frozen(0)
+
+    fine, coarse = ["stem", "trunk.0", "trunk.1", "head"], ["stem", "trunk", "head"]
+    assert [frozen(fine, name) for name in ("stem", "trunk.0", "trunk")] == [1, 2, 3]
+    assert [frozen(coarse, name) for name in ("stem", "trunk.0", "trunk")] == [1, 2, 2]
+    with pytest.raises(InvalidValue, match="up_to='neck' is no module of the model"):
+        frozen(fine, "neck")
+
+
+class Thawing(Plan):
+    """Freezes and thaws."""
+
+    def timeline(self, num_layers: int, total_steps: int | None, freeze_every: int = 1) -> Timeline:
+        return Timeline.of(num_layers, total_steps, [(0, 2), (10, 1)], freeze_every)
+
+    def __repr__(self) -> str:
+        return "Thawing()"
+
+
+class Short(Plan):
+    """Gives too few factors."""
+
+    def timeline(self, num_layers: int, total_steps: int | None, freeze_every: int = 1) -> Timeline:
+        return Timeline(num_layers, total_steps)
+
+    def factors(self, step: int, timeline: Timeline) -> tuple[float, ...]:
+        return (1.0, 1.0)
+
+
+def test_plans_that_do_not_go_are_refused() -> None:
+    refused: list[tuple[Any, str]] = [
+        (Thawing(), r"a plan that thaws is not supported on JAX: .* Thawing\(\), \(\(0, 2\), "),
+        (Frozen(4), r"Frozen\(first=4\) does not go with 4 layers: 0 to 3 of them can be frozen"),
+        (Schedule(times=(0, 1)), "times has 2 entries for 4 layers"),
+    ]
+    for plan, message in refused:
+        with pytest.raises(InvalidValue, match=message) as raised:
+            new_freezer(optax.sgd(0.1), schedule=plan).init(jax_loop.params())
+        assert "\n" not in str(raised.value)
+    with pytest.raises(InvalidValue, match="a plan that thaws is not supported on JAX"):
+        learning_rates(0.1, 4, 20, Thawing())
+    with pytest.raises(InvalidValue, match="so total_steps must be given"):
+        new_freezer(optax.sgd(0.1), total_steps=None).init(jax_loop.params())
+    freezer = new_freezer(optax.sgd(0.1), schedule=Short())
+    with pytest.raises(InvalidValue, match="gave 2 factors for 4 layers"):
+        trained(freezer, freezer.init(jax_loop.params()), 1)
+
+
+def test_learning_rates_of_layers_frozen_from_the_start() -> None:
+    rates = learning_rates(0.1, 3, 20, Frozen(1))
+    assert [[float(rate(step)) for rate in rates] for step in (0, 19, 20)] == [
+        [0, pytest.approx(0.1), pytest.approx(0.1)],
+        [0, pytest.approx(0.1), pytest.approx(0.1)],
+        [0, 0, 0],
+    ]
 
 
 def test_a_changed_model_state_is_refused() -> None:

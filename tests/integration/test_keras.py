@@ -9,7 +9,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,8 +24,8 @@ import pytest
 from keras import layers as kl
 from keras_loop import BATCH, ENDS, EPOCHS, SCHEDULE, STEPS, data, fit, new_model
 
-from freezeout import Schedule
-from freezeout.errors import FreezeOutError, InvalidType, InvalidValue, LayerOrderError
+from freezeout import Frozen, Plan, Schedule, Timeline
+from freezeout.errors import InvalidType, InvalidValue, LayerOrderError
 from freezeout.integrations.keras import FreezeOutCallback
 
 # Raised inside Keras, which asks numpy for an array of a variable of its own.
@@ -39,24 +39,29 @@ def values(variables: Any) -> list[bytes]:
 
 
 class Watch(keras.callbacks.Callback):  # type: ignore[misc]
-    """All variables before and after each update, and whatever else is asked."""
+    """All variables before and after each update."""
 
-    def __init__(self, *others: Callable[[Any], Any]) -> None:
+    def __init__(self) -> None:
         super().__init__()
         self.before: list[list[bytes]] = []
         self.after: list[list[bytes]] = []
-        self.seen: list[tuple[Any, ...]] = []
-        self.others = others
 
     def state(self) -> list[bytes]:
         return values(self.model.variables + self.model.optimizer.variables)
 
     def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
         self.before.append(self.state())
-        self.seen.append(tuple(other(self.model) for other in self.others))
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
         self.after.append(self.state())
+
+    def moved(self, *names: str) -> list[bool]:
+        """In which updates any of the model's variables did whose path has one of these names."""
+        variables = enumerate(self.model.variables)
+        places = [i for i, v in variables if any(name in v.path for name in names)]
+        assert places
+        pairs = zip(self.before, self.after, strict=True)
+        return [any(a[i] != b[i] for i in places) for a, b in pairs]
 
 
 @dataclass
@@ -178,17 +183,15 @@ def test_weights_are_those_of_updates_made_by_hand(batches: int, decay: float) -
 def test_norms_and_dropout_are_in_inference_mode_once_frozen(whole: Whole) -> None:
     x = np.random.default_rng(1).normal(size=(16, 4)).astype(np.float32)
 
-    def differs(name: str) -> Callable[[Any], bool]:
-        def whether(model: Any) -> bool:
-            layer = model.get_layer(name)
-            out, steady = np.asarray(layer(x, training=True)), np.asarray(layer(x, training=False))
-            return not np.array_equal(out, steady)
+    def differs(layer: Any) -> bool:
+        out, steady = np.asarray(layer(x, training=True)), np.asarray(layer(x, training=False))
+        return not np.array_equal(out, steady)
 
-        return whether
-
-    model, watch = new_model(dropout=0.5), Watch(differs("dropout"))
+    model, watch = new_model(dropout=0.5), Watch()
     fit(model, FreezeOutCallback(schedule=Schedule(times=(0.2, 1, 1, 1))), watch)
-    assert watch.seen == [(step < ENDS[0],) for step in range(EPOCHS * STEPS)]
+    # Dropout that is on draws from its seeds; and between steps the model is an ordinary one.
+    assert watch.moved("seed") == [step < ENDS[0] for step in range(EPOCHS * STEPS)]
+    assert differs(model.get_layer("dropout"))
     steps = list(zip(whole.watch.before, whole.watch.after, strict=True))
     for i, variable in enumerate(whole.model.variables):
         if "moving" in variable.path:
@@ -296,12 +299,15 @@ def test_a_second_fit_traces_anew() -> None:
 
 
 class Interrupt(keras.callbacks.Callback):  # type: ignore[misc]
-    def __init__(self, epoch: int) -> None:
-        super().__init__()
-        self.epoch = epoch
+    """Ctrl-C: at one of the moments at which Keras calls, in one of the run's steps."""
 
-    def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
-        if epoch == self.epoch:
+    def __init__(self, step: int, moment: str = "on_epoch_begin") -> None:
+        super().__init__()
+        setattr(self, moment, self.strike)
+        self.step = step
+
+    def strike(self, *arguments: Any, **options: Any) -> None:
+        if int(self.model.optimizer.iterations.numpy()) >= self.step:
             raise KeyboardInterrupt
 
 
@@ -309,8 +315,9 @@ def test_an_interrupted_fit_is_released_by_the_next(whole: Whole) -> None:
     model = new_model()
     freezer = FreezeOutCallback(schedule=SCHEDULE)
     with pytest.raises(KeyboardInterrupt):
-        fit(model, freezer, Interrupt(4))
-    assert len(model.trainable_variables) == 4
+        fit(model, freezer, Interrupt(4 * STEPS))
+    assert len(model.trainable_variables) == 12
+    assert freezer.summary() == "froze 2 of 4 layers; made 20 of 30 steps"
     fit(model, FreezeOutCallback(schedule=SCHEDULE), initial_epoch=4)
     assert whole.same(model)
     assert len(model.trainable_variables) == 12
@@ -320,11 +327,273 @@ def test_an_interrupted_fit_can_be_released_by_hand() -> None:
     model = new_model()
     freezer = FreezeOutCallback(schedule=Schedule(times=(0.1, 1, 1, 1)))
     with pytest.raises(KeyboardInterrupt):
-        fit(model, freezer, Interrupt(1))
-    assert len(model.trainable_variables) == 8
+        fit(model, freezer, Interrupt(STEPS))
+    model.get_layer("two").trainable = False  # the user's own, from now on: it stays
     freezer.release()
-    assert len(model.trainable_variables) == 12
+    assert len(model.trainable_variables) == 10
+    assert "make_train_function" not in vars(model)
+
+
+def small_model(names: Sequence[str] = ("one", "two", "three")) -> Any:
+    keras.utils.set_random_seed(0)
+    dense = (kl.Dense(6, activation="tanh", name=name) for name in names)
+    model = keras.Sequential([kl.Input((6,)), *dense])
+    compiled(model)
+    return model
+
+
+def compiled(model: Any) -> None:
+    model.compile(keras.optimizers.SGD(0.1), loss="mse")
+
+
+def fit_small(model: Any, *callbacks: Any, **options: Any) -> Any:
+    x, _ = data()
+    options = {"epochs": 2, "batch_size": BATCH, "shuffle": False, "verbose": 0} | options
+    return model.fit(x, x[:, ::-1], callbacks=list(callbacks), **options)
+
+
+@pytest.fixture(scope="module")
+def ordinary() -> Any:
+    """A model after two epochs from the start without this package."""
+    model = small_model()
+    fit_small(model)
+    return model
+
+
+MOMENTS = ("on_train_batch_begin", "on_train_batch_end")
+WAYS = ("fit", "compile", "callback", "clone", "load", "train_on_batch")
+
+
+@pytest.mark.parametrize(("way", "moment"), [*zip(WAYS, 3 * MOMENTS, strict=True)])
+def test_whatever_comes_after_an_interrupted_fit_trains_all_weights(
+    way: str, moment: str, ordinary: Any, tmp_path: Path
+) -> None:
+    """`interrupted` keeps the frames of `fit` alive, as a notebook does."""
+    schedule = Schedule(times=(0.2, 0.4, 1), scale_lr=False)
+    model = small_model()
+    start = model.get_weights()
+    with pytest.raises(KeyboardInterrupt) as interrupted:
+        fit_small(model, FreezeOutCallback(schedule=schedule), Interrupt(6, moment))
+    assert len(model.trainable_variables) == 6
+    assert all(layer.trainable for layer in model.layers)
+    assert all("call" not in vars(layer) for layer in model.layers)
     assert "update_step" not in vars(model.optimizer)
+    if way == "clone":
+        model = keras.models.clone_model(model)
+    elif way == "load":
+        model.save(tmp_path / "model.keras")
+        model = keras.models.load_model(tmp_path / "model.keras")
+    model.set_weights(start)
+    if way in ("compile", "callback", "clone"):
+        compiled(model)
+    if way == "callback":
+        freezer = FreezeOutCallback(schedule=schedule)
+        history = fit_small(model, freezer)
+        assert (freezer.freeze_steps, history.history["num_frozen"]) == ((2, 4, 10), [2, 2])
+        again = small_model()
+        fit_small(again, FreezeOutCallback(schedule=schedule))
+        assert values(model.variables) == values(again.variables)
+    elif way == "train_on_batch":
+        x, _ = data()
+        for _ in range(2):
+            for batch in np.split(x, STEPS):
+                model.train_on_batch(batch, batch[:, ::-1])
+        assert values(model.variables) == values(ordinary.variables)
+    else:
+        fit_small(model)
+        assert values(model.variables) == values(ordinary.variables)
+    assert interrupted.traceback
+
+
+def test_a_callback_goes_from_one_interrupted_model_to_another() -> None:
+    freezer = FreezeOutCallback(schedule=Frozen(1))
+    one, other = small_model(), small_model()
+    with pytest.raises(KeyboardInterrupt):
+        fit_small(one, freezer, Interrupt(2, "on_train_batch_end"))
+    fit_small(other, freezer)
+    assert "make_train_function" not in vars(one)
+    assert "make_train_function" not in vars(other)
+    with pytest.raises(InvalidValue, match="two FreezeOutCallbacks"):
+        fit_small(one, freezer, FreezeOutCallback())
+
+
+# --- frozen from the start ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["momentum", pytest.param("ema", marks=slow)])
+def test_layers_frozen_from_the_start_never_move(name: str) -> None:
+    """Nor do their slots and statistics; and a run resumed from a checkpoint ends with the same
+    bits."""
+    plan = Frozen(1, then=Schedule(times=(0, 0.6, 1)))
+    model, watch = new_model(OPTIMIZERS[name](), dropout=0.5), Watch()
+    start = values(model.variables)
+    freezer = FreezeOutCallback(schedule=plan)
+    history = fit(model, freezer, watch, epochs=2)
+    assert freezer.freeze_steps == (0, 0, 6, 10)
+    assert history.history["num_frozen"] == [2, 3]
+    every = [v.path.replace("/", "_") for v in model.variables + model.optimizer.variables]
+    last = [start, *watch.after][-1]
+    for path, old, new in zip(every, watch.before[0], last, strict=True):
+        frozen = any(part in path for part in ("one_", "norm_", "two_", "seed"))
+        assert (new == old) == frozen or "kernel" not in path, path
+        assert new == old or not frozen, path
+    assert start[:10] == values(model.variables)[:10]
+    assert freezer.summary() == "froze 3 of 4 layers, 2 of them from the start"
+
+
+def test_a_run_frozen_from_the_start_resumes_exactly(tmp_path: Path) -> None:
+    def new() -> FreezeOutCallback:
+        return FreezeOutCallback(schedule=Frozen(share=0.5))
+
+    whole = new_model()
+    fit(whole, new(), keras.callbacks.ModelCheckpoint(tmp_path / "{epoch}.keras"), epochs=2)
+    model = keras.models.load_model(tmp_path / "1.keras")
+    freezer = new()
+    fit(model, freezer, epochs=2, initial_epoch=1)
+    assert freezer.layers[1][0].name == "two"
+    assert freezer.num_frozen == 2
+    assert values(model.variables) == values(whole.variables)
+
+
+@pytest.mark.skipif(BACKEND == "torch", reason="runs eagerly: there are no graphs")
+def test_a_run_frozen_from_the_start_has_one_graph() -> None:
+    model = keras.Sequential([kl.Input((4,)), Counting(4), Counting(4), kl.Dense(1)])
+    model.compile("adam", loss="mse")
+    watch = Tracing()
+    callbacks = [FreezeOutCallback(schedule=Frozen(2)), watch]
+    model.fit(np.ones((40, 4)), np.ones(40), batch_size=8, epochs=2, verbose=0, callbacks=callbacks)
+    assert watch.steps == [0]
+
+
+def with_base(trainable: bool = False) -> Any:
+    """As in transfer learning: augmentation, a base that the user froze, and a head."""
+    keras.utils.set_random_seed(0)
+    base = keras.Sequential(
+        [
+            *(kl.Input((6,)), kl.Dense(6, name="a"), kl.Dropout(0.5, name="drop", seed=1)),
+            *(kl.Dense(6, name="b"), kl.BatchNormalization(name="norm")),
+        ],
+        name="base",
+    )
+    base.trainable = trainable
+    noise = kl.GaussianNoise(0.1, name="noise", seed=2)
+    head = (kl.Dense(6, name="c"), kl.Dense(6, name="d"))
+    model = keras.Sequential([kl.Input((6,)), noise, base, *head])
+    model.compile(keras.optimizers.SGD(0.1, momentum=0.9), loss="mse")
+    return model
+
+
+def seeds(model: Any, watch: Watch) -> dict[str, list[bool]]:
+    """In which steps the augmentation, and dropout in the base, were on."""
+    of = {layer.name: layer.seed_generator.state.path for layer in _random_layers(model)}
+    return {name: watch.moved(path) for name, path in of.items()}
+
+
+def _random_layers(model: Any) -> list[Any]:
+    return [model.get_layer("noise"), model.get_layer("base").get_layer("drop")]
+
+
+def test_layers_that_the_user_froze_are_frozen_from_the_start() -> None:
+    model, watch = with_base(), Watch()
+    start = values(model.variables)
+    freezer = FreezeOutCallback(schedule=Schedule(times=(0.5, 1)))
+    with pytest.warns(UserWarning, match=r"2 layers .* \('a' to 'b'\) are frozen from the start"):
+        fit_small(model, freezer, watch)
+    assert [[u.name for u in group] for group in freezer.layers] == [
+        *(["a", "drop"], ["b", "norm"], ["c"], ["d"])
+    ]
+    assert freezer.freeze_steps == (0, 0, 5, 10)
+    assert seeds(model, watch) == {"noise": [True] * 10, "drop": [False] * 10}
+    frozen = [i for i, v in enumerate(model.variables) if "base" in v.path or "norm" in v.path]
+    assert all(values(model.variables)[i] == start[i] for i in frozen)
+    assert watch.moved("c/") == [s < 5 for s in range(10)]
+    # What the user froze stays so, and has no slots.
+    assert not any(layer.trainable for layer in model.get_layer("base").layers)
+    assert len(model.trainable_variables) == 4
+    assert sum("momentum" in v.path for v in model.optimizer.variables) == 4
+    fit_small(model, freezer)  # without another warning
+
+
+def test_layers_that_the_user_froze_may_stay_awake() -> None:
+    model, watch = with_base(), Watch()
+    freezer = FreezeOutCallback(schedule=Schedule(times=(0.5, 1)), keep_awake=True)
+    fit_small(model, freezer, watch)
+    assert [[u.name for u in group] for group in freezer.layers] == [
+        *(["a", "drop", "b", "norm", "c"], ["d"])
+    ]
+    assert seeds(model, watch) == {"noise": [True] * 10, "drop": [s < 5 for s in range(10)]}
+
+
+def test_a_layer_that_the_user_froze_among_others_goes_with_the_next() -> None:
+    model = small_model(["one", "two", "three", "four", "five"])
+    for name in ("one", "three", "five"):
+        model.get_layer(name).trainable = False
+    assert names(model) == ["one", "two", "three four five"]
+
+
+@pytest.mark.parametrize(
+    ("name", "count"), [("a", 1), ("b", 2), ("base", 2), ("base.b", 2), ("c", 3)]
+)
+def test_up_to_names_a_layer_or_a_model_inside(name: str, count: int) -> None:
+    freezer = FreezeOutCallback(schedule=Frozen(up_to=name))
+    begun(with_base(trainable=True), freezer)
+    assert freezer.timeline.changes == ((0, count),)
+
+
+class Thawing(Plan):
+    """Freezes and thaws."""
+
+    def timeline(self, num_layers: int, total_steps: int | None, freeze_every: int = 1) -> Timeline:
+        return Timeline.of(num_layers, total_steps, [(0, 2), (3, 1)], freeze_every)
+
+    def __repr__(self) -> str:
+        return "Thawing()"
+
+
+class Short(Plan):
+    """Gives too few factors."""
+
+    def timeline(self, num_layers: int, total_steps: int | None, freeze_every: int = 1) -> Timeline:
+        return Timeline(num_layers, total_steps)
+
+    def factors(self, step: int, timeline: Timeline) -> tuple[float, ...]:
+        return (1.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("plan", "message"),
+    [
+        (Thawing(), r"a plan that thaws is not supported on Keras: .* Thawing\(\), \(\(0, 2\), "),
+        (Frozen(4), r"Frozen\(first=4\) does not go with 3 layers: 0 to 2 of them can be frozen"),
+        (Schedule(times=(0, 1)), "times has 2 entries for 3 layers"),
+        (Frozen(up_to="neck"), "up_to='neck' is no module of the model"),
+        (Short(), "gave 2 factors for 3 layers"),
+    ],
+    ids=repr,
+)
+def test_plans_that_do_not_go_are_refused(plan: Plan, message: str) -> None:
+    model = small_model()
+    with pytest.raises(InvalidValue, match=message) as raised:
+        fit_small(model, FreezeOutCallback(schedule=plan))
+    assert "\n" not in str(raised.value)
+    assert "update_step" not in vars(model.optimizer)
+
+
+@slow
+def test_averages_are_exchanged_without_frozen_weights() -> None:
+    """SwapEMAWeights puts averages in the place of weights at an epoch's end; frozen ones stay."""
+    model = new_model(OPTIMIZERS["ema"]())
+    start = values(model.get_layer("one").variables)
+    swap = keras.callbacks.SwapEMAWeights(swap_on_epoch=True)
+    checkpoints: list[list[bytes]] = []
+    save = keras.callbacks.LambdaCallback(
+        on_epoch_end=lambda epoch, logs: checkpoints.append(
+            values(model.get_layer("one").variables)
+        )
+    )
+    fit(model, FreezeOutCallback(schedule=Frozen(1)), swap, save)
+    assert all(each == start for each in checkpoints)
+    assert values(model.get_layer("one").variables) == start
 
 
 # --- checkpoints ----------------------------------------------------------------------------
@@ -380,25 +649,30 @@ def test_other_ways_of_running(option: str) -> None:
     if (option, BACKEND) == ("steps_per_execution", "torch"):
         pytest.skip("PyTorch has no steps_per_execution")
     model = new_model(**{option: 5 if option == "steps_per_execution" else True})
-    watch = Watch(lambda model: sum(not v.trainable for v in model.get_layer("one").variables))
+    watch = Watch()
     freezer = FreezeOutCallback(schedule=Schedule(times=(0.34, 1, 1, 1)), total_steps=30)
     fit(model, freezer, watch, epochs=3)
     # A layer that should freeze after 11 steps of five at a time freezes after 15.
-    frozen = {"steps_per_execution": [0, 0, 0], "run_eagerly": [0] * 11 + [2] * 4}[option]
-    assert [seen for (seen,) in watch.seen] == frozen
+    eagerly = [True] * 11 + [False] * 4
+    assert watch.moved("one/") == (eagerly if option == "run_eagerly" else [True] * 3)
     assert freezer.num_frozen == (option == "run_eagerly")
 
 
 # --- which layers ---------------------------------------------------------------------------
 
 
+def begun(model: Any, freezer: FreezeOutCallback) -> None:
+    """As `fit` begins."""
+    freezer.set_params({"epochs": 3, "steps": 3})
+    freezer.set_model(model)
+    freezer.on_train_begin()
+
+
 def names(model: Any, layers: Any = None) -> list[str]:
     """The layers with variables, by the groups that freeze together."""
     model.compile("sgd", loss="mse")
     freezer = FreezeOutCallback(layers=layers)
-    freezer.set_params({"epochs": 3, "steps": 3})
-    freezer.set_model(model)
-    freezer.on_train_begin()
+    begun(model, freezer)
     return [" ".join(u.name for u in group if u.variables) for group in freezer.layers]
 
 
@@ -462,13 +736,13 @@ def test_a_subclassed_model_trains_in_the_order_in_which_it_runs() -> None:
         with pytest.raises(InvalidValue, match="must be built before fit"):
             model.fit(x, x[:, :1], verbose=0, callbacks=[FreezeOutCallback()])
     model(x[:1])
-    watch = Watch(lambda model: [len(b.trainable_variables) for b in (model.stem, *model.blocks)])
+    watch = Watch()
     freezer = FreezeOutCallback(schedule=Schedule(times=(0.25, 0.5, 0.75, 1)))
     model.fit(x, x[:, :1], batch_size=8, epochs=4, verbose=0, callbacks=[freezer, watch])
     found = [[unit.name for unit in group] for group in freezer.layers]
     assert found == [["stem"], ["block_0"], ["block_1"], ["head"]]
-    expected = [[2 * (s < 5), 6 * (s < 10), 6 * (s < 15)] for s in range(20)]
-    assert [seen for (seen,) in watch.seen] == expected
+    for end, name in zip((5, 10, 15, 20), ("stem", "block_0", "block_1", "head"), strict=True):
+        assert watch.moved(f"{name}/") == [s < end for s in range(20)]
     norm = next(i for i, v in enumerate(model.variables) if "moving_mean" in v.path)
     moved = [a[norm] != b[norm] for a, b in zip(watch.before, watch.after, strict=True)]
     assert moved == [s < 10 for s in range(20)]
@@ -507,11 +781,10 @@ def test_a_shared_variable_freezes_with_the_last_layer_that_has_it() -> None:
     freezer = FreezeOutCallback(
         layers=["first", "middle", "tied", "last"], schedule=Schedule(times=(0.2, 0.4, 0.6, 1))
     )
-    watch = Watch(
-        lambda model: (first.kernel.trainable, middle.kernel.trainable, norm.gamma.trainable)
-    )
+    watch = Watch()
     fit(model, freezer, watch, epochs=2)
-    assert [seen for (seen,) in watch.seen] == [(s < 6, s < 4, True) for s in range(2 * STEPS)]
+    for end, name in ((6, "first/kernel"), (4, "middle/kernel"), (10, "norm/gamma")):
+        assert watch.moved(name) == [s < end for s in range(2 * STEPS)]
 
 
 @slow
@@ -531,7 +804,7 @@ def test_mixed_bfloat16() -> None:
 def test_what_is_given_is_checked() -> None:
     with pytest.raises(InvalidValue, match="total_steps must be at least 1"):
         FreezeOutCallback(0)
-    with pytest.raises(InvalidType, match="schedule must be a Schedule, got float"):
+    with pytest.raises(InvalidType, match=r"schedule must be a plan, .* got float"):
         FreezeOutCallback(schedule=0.8)  # type: ignore[arg-type]
     with pytest.raises(InvalidValue, match="total_steps must be at least the 30 steps of 6 epochs"):
         fit(new_model(), FreezeOutCallback(20))
@@ -558,8 +831,24 @@ def test_batches_of_unknown_number_need_total_steps() -> None:
     freezer = FreezeOutCallback(STEPS, schedule=Schedule(0.3, "linear"))
     new_model().fit(batches(), verbose=0, shuffle=False, callbacks=[freezer])
     assert freezer.num_frozen == 3
-    with pytest.raises(FreezeOutError, match="total_steps = 3 steps"):
-        new_model().fit(batches(), verbose=0, shuffle=False, callbacks=[FreezeOutCallback(3)])
+    assert freezer.summary() == "froze 3 of 4 layers"
+    watch, freezer = Watch(), FreezeOutCallback(3)
+    model = new_model()
+    with pytest.warns(UserWarning, match="goes on after the run's total_steps = 3") as warned:
+        model.fit(batches(), verbose=0, shuffle=False, callbacks=[freezer, watch])
+    assert sum("total_steps" in str(each.message) for each in warned) == 1
+    assert len(watch.after) == STEPS
+    del watch.before[STEPS:]  # where one more batch began than there are
+    weights = [v.path for v in model.variables]
+    for before, after in zip(watch.before[3:], watch.after[3:], strict=True):
+        assert before[: len(weights)] == after[: len(weights)]  # norms' statistics are among them
+    assert watch.moved("four/") == [True] * 3 + [False] * 2
+    assert freezer.num_frozen == 2
+    # A plan that needs no length gets none.
+    freezer = FreezeOutCallback(schedule=Frozen(2))
+    new_model().fit(batches(), verbose=0, shuffle=False, callbacks=[freezer])
+    assert freezer.freeze_steps == (0, 0, None, None)
+    assert freezer.summary() == "froze 2 of 4 layers, 2 of them from the start"
 
 
 @pytest.mark.skipif(BACKEND == "torch", reason="this backend is torch")

@@ -13,6 +13,7 @@ from torch.nn.functional import cross_entropy
 from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler, StepLR
 from torch.utils.checkpoint import checkpoint
+from torch.utils.data import DataLoader
 
 pytest.importorskip("lightning.pytorch")
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -191,7 +192,7 @@ def test_an_order_of_definition_that_misleads_is_refused_in_the_first_step() -> 
             self.net = Reversed()  # type: ignore[assignment]
 
     module = Misleading()
-    data = [vectors(i) for i in range(BATCHES)]
+    data: Any = DataLoader([vectors(i) for i in range(BATCHES)], batch_size=None)  # type: ignore[arg-type]
     with pytest.raises(InvalidValue, match="give the module an example_input_array"):
         fit(module, FreezeOutCallback(Frozen(1)), data=data)
     assert all(p.requires_grad for p in module.parameters())
