@@ -74,7 +74,9 @@ class Depths:
         if self._asked == "all":
             self.chosen = frozenset(depth for depth in range(1, count) if fitting[depth])
         else:
-            self.chosen = frozenset(self._paying(batch, fitting, store))
+            # Where the run never stands, nothing would be served; but another frontier may do.
+            stands = [s if d in freezer.timeline.depths else None for d, s in enumerate(fitting)]
+            self.chosen = frozenset(self._paying(batch, stands if any(stands) else fitting, store))
         if self.chosen:
             return None
         if self._asked == "auto":

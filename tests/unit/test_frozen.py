@@ -1,5 +1,6 @@
 """Layers frozen from the start, by a plan or by the user's own hand; and plans of any kind."""
 
+import copy
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -238,6 +239,21 @@ def test_a_head_alone_is_a_plan_like_any_other_and_is_cached() -> None:
     assert model[1].num_batches_tracked == 0
 
 
+@pytest.mark.parametrize("total", [None, 800])
+def test_the_cache_chooses_the_depth_at_which_the_run_stands(total: int | None) -> None:
+    """Behind the layers that are frozen from the start, and nowhere before."""
+    torch.manual_seed(0)
+    blocks = [nn.Sequential(nn.Linear(256, 256), nn.ReLU()) for _ in range(5)]
+    model = nn.Sequential(*blocks, nn.Linear(256, 3))
+    x = torch.randn(64, 256)
+    freezer = FreezeOut(
+        model, SGD(model.parameters(), 0.1), total, schedule=Frozen(4), example_inputs=x[:2]
+    )
+    cache = PrefixCache(freezer, 64)
+    cache.prepare(x[:32])
+    assert cache.depths in ([4], [])  # by measurement it may not pay on a busy machine
+
+
 # --- plans of one's own ---------------------------------------------------------------------
 
 
@@ -257,6 +273,7 @@ class Changes(Plan):
 def test_a_plan_that_thaws() -> None:
     """The number of frozen layers may fall: `step()` returns what changed, either way, and what
     comes back trains, with a fresh state of the optimizer."""
+    torch.manual_seed(0)
     model = linear_net()
     optimizer = SGD(model.parameters(), 0.1, momentum=0.9)
     plan = Changes(((0, 3), (5, 1), (10, 2), (15, 0)))
@@ -281,6 +298,7 @@ def test_a_plan_that_thaws() -> None:
 
 
 def test_resuming_with_a_plan_of_ones_own() -> None:
+    torch.manual_seed(0)
     model, other = linear_net(), linear_net()
     other.load_state_dict(model.state_dict())
     plan = Changes(((0, 2), (6, 1), (12, 3)))
@@ -293,7 +311,7 @@ def test_resuming_with_a_plan_of_ones_own() -> None:
     run(model, [optimizer], freezer, vectors, range(9))
     resumed, again = parts(other)
     other.load_state_dict(model.state_dict())
-    resumed.load_state_dict(optimizer.state_dict())
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))  # torch takes its tensors
     again.load_state_dict(freezer.state_dict())
     for net, opt, driver in ((model, optimizer, freezer), (other, resumed, again)):
         run(net, [opt], driver, vectors, range(9, 20))

@@ -28,6 +28,7 @@ OURS = {"train", "reset_running_stats", "__reduce_ex__", "__deepcopy__"}
 
 def begun(steps: int, net: Any = conv_net, data: Any = images) -> tuple[nn.Sequential, FreezeOut]:
     """A run of which some steps have been made, in which the optimizer is not kept."""
+    torch.manual_seed(0)
     model = net()
     optimizer = SGD(model.parameters(), 0.1)
     freezer = FreezeOut(model, optimizer, STEPS, schedule=EARLY, example_inputs=data(0)[0])
