@@ -95,8 +95,9 @@ def compare(name: str, config: EstimateConfig, steps: int) -> Result:
     config = replace(config, images=steps * ordinary.batch_size, epochs=1)
     run = estimate(config).runs[1]
     assert run.schedule is not None
+    assert run.schedule.t_0 is not None
     assert run.total_steps == steps
-    freezer = frozen.freezer(steps, run.schedule)
+    freezer = frozen.freezer(steps, run.plan)
     seconds: dict[str, list[float]] = {"ordinary": [], "frozen": []}
     depths: list[int] = []
 

@@ -39,7 +39,7 @@ def main() -> None:
             folder = train(replace(CONFIG, out=Path(home) / str(i)))
             after = job.step_costs()
             costs = [(a + b) / 2 for a, b in zip(before, after, strict=True)]
-            predicted = run_cost(costs, CONFIG.schedule.freeze_steps(len(costs), total), total)
+            predicted = run_cost(costs, job.plan.timeline(len(costs), total).counts())
             rows = [json.loads(line) for line in (folder / METRICS).read_text().splitlines()]
             seconds = sum(row["seconds"] for row in rows)
             ratios.append(seconds / predicted)

@@ -15,13 +15,14 @@ class CachedRun:
     """A run's cache, between the job's batches and its model.
 
     Augmentation is random until an epoch begins with layers frozen that are cached; from that
-    epoch on the images have their views, in turn. That epoch is a function of the schedule, so
-    that a resumed run has the same images.
+    epoch on the images have their views, in turn. That epoch is a function of the plan, so that a
+    resumed run has the same images.
     """
 
     def __init__(self, job: Job, cache: PrefixCache) -> None:
         self._job, self.cache = job, cache
         self._ids: tuple[int, Tensor] | None = None  # an epoch, and its order
+        self._seen = 0, 0  # hits and other visits, when they were last looked at
 
     def prepare(self) -> None:
         """Measure and choose, in a new run."""
@@ -32,10 +33,11 @@ class CachedRun:
     @property
     def first_epoch(self) -> float:
         """From which on the images have views."""
-        freezer, depths = self.cache.freezer, self.cache.depths
+        timeline, depths = self.cache.freezer.timeline, self.cache.depths
         if not depths:
             return math.inf
-        return -(-freezer.freeze_steps[depths[0] - 1] // self._job.steps_per_epoch)
+        begins = (step for step, depth in timeline.changes if depth >= depths[0])
+        return -(-next(begins, math.inf) // self._job.steps_per_epoch)
 
     def view(self, epoch: int) -> int | None:
         """Which view of each image the epoch has; None: one that does not come again."""
@@ -52,9 +54,16 @@ class CachedRun:
         ids = self._ids[1][batch * size : (batch + 1) * size]
         return partial(self.cache, ids=ids, view=self.view(epoch))
 
+    def has_served(self) -> bool:
+        """Whether since this was asked last all that frozen layers compute was read."""
+        stats = self.cache.stats
+        now = stats.hits, stats.misses + stats.advanced + stats.bypassed
+        (hits, others), self._seen = self._seen, now
+        return now[0] > hits and now[1] == others
+
     def row(self) -> dict[str, Any]:
         """For the epoch's line of metrics."""
-        stats = self.cache.stats.take()
+        stats, self._seen = self.cache.stats.take(), (0, 0)
         return {
             "cache_hits": stats.hits,
             "cache_advanced": stats.advanced,

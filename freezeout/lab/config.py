@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any, get_args
 
 from ..errors import CheckpointError, InvalidType, InvalidValue
+from ..plan import Plan
 from ..schedule import HowScale, Schedule
 from ..values import whole_number
+from .frozen import frozen_plan
 
 PRECISIONS = ("auto", "fp32", "bf16")
 CACHE_DTYPES = ("auto", "fp32", "bf16", "fp16")
@@ -16,7 +18,7 @@ VIEWS = 4
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 # Options that a run may have been begun without, and what it did. Without another, a
 # configuration is damaged: a default in its place would train something else.
-_ADDED_LATER = {"validate_every": 1}
+_ADDED_LATER = {"validate_every": 1, "frozen": None}
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,9 @@ class TrainConfig:
     """linear, squared or cubic: the power that freeze times are raised to."""
     scale_lr: bool = True
     """Start early layers at higher rates, so that every layer's rates have the same sum."""
+    frozen: str | None = None
+    """First layers frozen from the start: a number (5), all but the last ones (-1), a share (0.5),
+    or a module's name (layer1); the freeze times are those of the rest."""
     const_time: bool = False
     """Train more epochs, so that the predicted time equals that of a run without freezing."""
     cache: str = "off"
@@ -110,7 +115,12 @@ class TrainConfig:
             raise InvalidValue(
                 f"precision must be one of {', '.join(PRECISIONS)}, got {self.precision!r}"
             )
-        _ = self.schedule, self.cache_bytes
+        _ = self.plan, self.cache_bytes
+        if self.frozen is not None and not self.freezeout:
+            raise InvalidValue(
+                f"frozen={self.frozen!r} needs freezeout: with --no-freezeout every layer trains "
+                "to the end; for cosine annealing of the rest give --t-0 1"
+            )
         if self.cache_dtype not in CACHE_DTYPES:
             raise InvalidValue(
                 f"cache_dtype must be one of {', '.join(CACHE_DTYPES)}, got {self.cache_dtype!r}"
@@ -124,10 +134,16 @@ class TrainConfig:
 
     @property
     def schedule(self) -> Schedule:
-        """The schedule that the options describe; without FreezeOut plain cosine annealing."""
+        """Of the layers that are not frozen from the start; without FreezeOut plain cosine
+        annealing."""
         how_scale: HowScale = self.how_scale  # type: ignore[assignment]  # Schedule checks it
         schedule = Schedule(self.t_0, how_scale, self.scale_lr)
         return schedule if self.freezeout else Schedule(t_0=1)
+
+    @property
+    def plan(self) -> Plan:
+        """What trains when, as the options describe it."""
+        return self.schedule if self.frozen is None else frozen_plan(self.frozen, self.schedule)
 
     @property
     def cache_bytes(self) -> int | None:
@@ -156,6 +172,8 @@ class TrainConfig:
         size = "".join(f"-{letter}{n}" for letter, n in sizes.items() if n is not None)
         if self.freezeout:
             strategy = f"{self.how_scale}-{self.t_0:g}" + ("" if self.scale_lr else "-unscaled")
+            if self.frozen is not None:
+                strategy += f"-frozen-{self.frozen.replace('/', '-')}"
             strategy += "-const-time" if self.const_time else ""
         else:
             strategy = "baseline"

@@ -12,6 +12,7 @@ from pathlib import Path
 from statistics import median
 
 from ..cost import run_cost
+from ..errors import FreezeOutError
 from .config import TrainConfig
 from .runs import Run
 from .study import Cell
@@ -26,6 +27,7 @@ class Forecast:
     # By the folder of a network and data set:
     costs: dict[Path, list[float]] = field(default_factory=dict)  # seconds a step, at each depth
     steps_per_epoch: dict[Path, int] = field(default_factory=dict)
+    layers: dict[Path, list[list[str]]] = field(default_factory=dict)  # names of their modules
     done: dict[Path, dict[Path, list[float]]] = field(  # by arm: seconds of training
         default_factory=lambda: defaultdict(lambda: defaultdict(list))
     )
@@ -38,10 +40,13 @@ class Forecast:
             found = json.loads(path.read_text())
             costs = [float(cost) for cost in found["step_costs_seconds"]]
             steps = int(found["steps_per_epoch"])
-        except (OSError, ValueError, OverflowError, KeyError, TypeError):
+            names = found.get("layers", [[]] * len(costs))  # earlier versions wrote none
+            layers = [[str(name) for name in layer] for layer in names]
+        except (OSError, ValueError, OverflowError, KeyError, TypeError, AttributeError):
             return  # a forecast is no reason to fail
-        if costs and steps > 0:
+        if costs and steps > 0 and len(layers) == len(costs):
             self.costs[home], self.steps_per_epoch[home] = costs, steps
+            self.layers[home] = layers
 
     def learn(self, cell: Cell, run: Run, wall_seconds: float | None) -> None:
         """A run has ended; `wall_seconds`: of its process, if it was made in one go. What is known
@@ -79,4 +84,8 @@ class Forecast:
             return None
         costs = self.costs[home]
         total = config.steps or config.epochs * self.steps_per_epoch[home]
-        return run_cost(costs, config.schedule.freeze_steps(len(costs), total), total)
+        try:
+            timeline = config.plan.resolved(self.layers[home]).timeline(len(costs), total)
+        except FreezeOutError:
+            return None  # the run will fail, and say why
+        return run_cost(costs, timeline.counts())

@@ -3,7 +3,8 @@
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,12 @@ from ..clock import wait
 from ..cost import epochs_of_equal_cost
 from ..errors import InvalidValue
 from ..freezer import FreezeOut
+from ..plan import Plan
 from ..profile import count_step, measure_step_costs
 from .config import VIEWS, TrainConfig
 from .data import ImageData, batches, epoch_order, eval_batches, load_data, num_batches
 from .device import choose_device, choose_precision, hardware, versions
+from .frozen import check_named
 from .models import build_model, model_layers
 from .prediction import Prediction
 from .ranks import Ranks
@@ -39,6 +42,7 @@ class Sums:
     images: int
     seconds: float  # of training alone
     step_seconds: list[float]
+    rates: list[float] = field(default_factory=list)  # learning rates of the last update
 
     @classmethod
     def empty(cls, device: torch.device) -> "Sums":
@@ -50,6 +54,11 @@ class Sums:
         self.loss += loss.detach() * len(y)
         self.wrong += (logits.detach().argmax(1) != y).sum()
         self.images += len(y)
+
+    def without_images(self) -> "Sums":
+        """The times and rates, over no image."""
+        zero = Sums.empty(self.loss.device)
+        return replace(self, loss=zero.loss, wrong=zero.wrong, images=0)
 
     def over(self, ranks: Ranks) -> "Sums":
         """The sums over all ranks' images."""
@@ -128,7 +137,20 @@ class Job:
             dropout=config.dropout,
         )
 
-    def plan(self) -> tuple[int, Prediction | None]:
+    @cached_property
+    def layers(self) -> list[list[str]]:
+        """For each layer, the names of its modules."""
+        scratch = deepcopy(self.model)
+        paths = {module: name for name, module in scratch.named_modules()}
+        with self.freezer(scratch, self.optimizer(scratch), total_steps=1) as freezer:
+            return [[paths[module] for module in layer.modules] for layer in freezer.layers]
+
+    @cached_property
+    def plan(self) -> Plan:
+        """What trains when, for the model's layers."""
+        return self.config.plan.resolved(self.layers)
+
+    def foresee(self) -> tuple[int, Prediction | None]:
         """How many epochs to train, and what the steps should cost if layers freeze."""
         config = self.config
         epochs = config.epochs
@@ -139,7 +161,7 @@ class Job:
         prediction = self.predict(self.total_steps(epochs))
         if config.const_time:
             epochs = epochs_of_equal_cost(
-                epochs, prediction.step_costs, config.schedule, self.steps_per_epoch
+                epochs, prediction.step_costs, self.plan, self.steps_per_epoch
             )
         return epochs, prediction
 
@@ -193,15 +215,14 @@ class Job:
 
     def freezer(self, model: nn.Module, optimizer: SGD, total_steps: int) -> FreezeOut:
         """FreezeOut over the model's own layers, or over those that a forward pass finds."""
-        layers = model_layers(model)
-        example = None if layers is not None else next(self.batches(epoch=0, start=0))[0][:2]
+        check_named(self.config.plan, model)
         return FreezeOut(
             model,
             optimizer,
             total_steps,
-            schedule=self.config.schedule,
-            layers=layers,
-            example_inputs=example,
+            schedule=self.config.plan,
+            layers=model_layers(model),
+            example_inputs=next(self.batches(epoch=0, start=0))[0][:_FEW],
         )
 
     def cache(self, freezer: FreezeOut) -> PrefixCache | None:
@@ -268,6 +289,7 @@ class Job:
             "resolved": {
                 "epochs": epochs,
                 "total_steps": self.total_steps(epochs),
+                "frozen_from_start": self._frozen_from_start(epochs),
                 "training_images": len(self.data.train_labels),
                 "parameters": sum(p.numel() for p in self.model.parameters()),
                 "device": str(self.device),
@@ -279,6 +301,12 @@ class Job:
             "ranks": self.ranks.size,
             "versions": versions(),
         }
+
+    def _frozen_from_start(self, epochs: int) -> int:
+        """How many layers."""
+        if self.config.frozen is None:
+            return 0
+        return self.plan.timeline(len(self.layers), self.total_steps(epochs)).num_frozen(0)
 
     def evaluate(self, between: Callable[[], None]) -> tuple[float, float] | None:
         """Loss and error per held-out image; None if nothing is held out.

@@ -1,15 +1,35 @@
 """`Prediction`: what a run's steps should cost at each depth, and afterwards what they did."""
 
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from ..cost import saving
 from ..errors import CheckpointError
-from ..freezer import FreezeOut
+from ..savings import SecondsSaved, StepTimes
 
 KEPT = 0.7  # a depth that saves a smaller share of what was predicted is flagged
 _NOTICED = 0.01  # but not where less than this share of a step was predicted
 _SAMPLES = 10  # nor by fewer steps than these
+_KEPT_SECONDS = 64  # of each kind of step
+
+
+class RunTimes(StepTimes):
+    """The seconds of a run's steps, of whatever processes made it."""
+
+    def state(self) -> list[list[Any]]:
+        """Plain values, for the checkpoint."""
+        return [
+            [depth, served, count, list(self._seconds.get((depth, served), ()))]
+            for (depth, served), count in self.counts.items()
+        ]
+
+    def load(self, state: Sequence[Sequence[Any]]) -> None:
+        """Go on from what `state` returned."""
+        for depth, served, count, seconds in state:
+            self.counts[depth, served] = count
+            self._seconds[depth, served] = deque(seconds, maxlen=_KEPT_SECONDS)
 
 
 @dataclass(frozen=True)
@@ -18,7 +38,7 @@ class Prediction:
 
     Attributes:
         basis: "measured" on this machine, in seconds, or "counted" FLOPs, whose ratios alone
-            are used: the run's own full steps say what a FLOP takes.
+            are used: the run's own first steps say what a FLOP takes.
     """
 
     basis: Literal["measured", "counted"]
@@ -41,38 +61,49 @@ class Prediction:
             raise CheckpointError(f"a prediction is measured or counted, not {basis!r}")
         return cls(basis, costs)
 
-    def against(self, freezer: FreezeOut) -> dict[str, Any]:
+    def against(
+        self, made: Mapping[int, tuple[int, float | None]], saved: SecondsSaved | None
+    ) -> dict[str, Any]:
         """`savings.json`: predicted and measured seconds of a step at each depth of the run so
-        far, and the shares of the steps' time that were saved."""
-        made = freezer.step_seconds
-        full = made.get(0, (0, None))[1]
-        unit = 1.0 if self.basis == "measured" or full is None else full / self.step_costs[0]
-        has_unit = self.basis == "measured" or full is not None
+        far, and the shares of the steps' time that were saved.
+
+        Where layers are frozen from the start, what a full step takes is itself predicted, from
+        the shallowest depth that there was.
+
+        Args:
+            made: by number of frozen layers, the steps made and the median seconds of one.
+            saved: in these steps, if that is known.
+        """
+        timed = {depth: seconds for depth, (_, seconds) in made.items() if seconds is not None}
+        has_unit = self.basis == "measured" or bool(timed)
+        unit = 1.0
+        if self.basis == "counted" and timed:
+            unit = timed[min(timed)] / self.step_costs[min(timed)]
+        full = timed.get(0, self.step_costs[0] * unit)
         depths = []
         for depth, (steps, seconds) in sorted(made.items()):
-            predicted = self.step_costs[depth] * unit
-            saved = (self.step_costs[0] - self.step_costs[depth]) * unit
+            to_save = (self.step_costs[0] - self.step_costs[depth]) * unit
             flagged = (
-                full is not None
-                and seconds is not None
+                seconds is not None
                 and steps >= _SAMPLES
-                and saved > _NOTICED * self.step_costs[0] * unit
-                and full - seconds < KEPT * saved
+                and to_save > _NOTICED * self.step_costs[0] * unit
+                and full - seconds < KEPT * to_save
             )
             depths.append(
                 {
                     "frozen_layers": depth,
                     "steps": steps,
-                    "predicted_step_seconds": predicted if has_unit else None,
+                    "predicted_step_seconds": self.step_costs[depth] * unit if has_unit else None,
                     "measured_step_seconds": seconds,
                     "flagged": flagged,
                 }
             )
-        measured = freezer.seconds_saved()
+        counts = [made.get(depth, (0, None))[0] for depth in range(len(self.step_costs))]
         return {
             "basis": self.basis,
-            "predicted_share": freezer.predicted_share(self.step_costs),
-            "measured_share": None if measured is None else measured[1],
+            "predicted_share": saving(self.step_costs, counts) if made else None,
+            "measured_share": None if saved is None else saved.share,
+            "full_steps": "measured" if 0 in timed else "predicted",
             "depths": depths,
         }
 

@@ -16,6 +16,7 @@ from typing import Any
 from ..errors import CheckpointError
 from ..schedule import Schedule
 from .config import TrainConfig
+from .frozen import frozen_plan
 
 CONFIG, METRICS, WEIGHTS, SAVINGS = (
     "config.json",
@@ -79,6 +80,7 @@ class Run:
     hardware: str  # and how many processes shared the work, if several
     epochs: tuple[Epoch, ...]  # finished ones
     savings: Mapping[str, Any] | None  # predicted and measured, of a run with FreezeOut
+    frozen_from_start: int = 0  # layers
 
     @property
     def is_finished(self) -> bool:
@@ -91,12 +93,14 @@ class Run:
 
     @property
     def freezes(self) -> bool:
-        """Whether layers freeze: not with t_0 = 1."""
-        return bool(self.values["freezeout"]) and self.values["t_0"] < 1
+        """Whether layers freeze: not with t_0 = 1, unless some are frozen from the start."""
+        return bool(self.values["freezeout"]) and (
+            self.values["t_0"] < 1 or self.values["frozen"] is not None
+        )
 
     @property
     def schedule(self) -> Schedule:
-        """The schedule of a run with FreezeOut."""
+        """The schedule of a run with FreezeOut, for layers that are not frozen from the start."""
         return Schedule(self.values["t_0"], self.values["how_scale"], self.values["scale_lr"])
 
     @property
@@ -136,7 +140,9 @@ class Run:
         if others.get("cache", "off") not in _CACHES:
             others["cache"] = "folder"  # which one makes no difference
         if self.freezes:
-            others |= {k: self.values[k] for k in _SCHEDULE}
+            # With t_0 = 1 the others make no difference.
+            names = _SCHEDULE if self.values["t_0"] < 1 else ("freezeout", "t_0")
+            others |= {k: self.values[k] for k in names}
         else:
             others.pop("const_time", None)  # nothing to make up for
         return (*sorted(others.items()), ("total_steps", self.total_steps))
@@ -148,11 +154,22 @@ class Run:
 
     @property
     def strategy(self) -> str:
-        """ "ordinary", or the schedule in words, without its t_0."""
-        if not self.freezes:
-            return "ordinary"
-        words = [self.values["how_scale"], "scaled" if self.values["scale_lr"] else "unscaled"]
+        """ "ordinary", or how layers freeze in words, without t_0."""
+        return " ".join(self._words()) if self.freezes else "ordinary"
+
+    @property
+    def label(self) -> str:
+        """The same with t_0, as in a study."""
+        return " ".join(self._words(f"{self.values['t_0']:.12g}")) if self.freezes else "ordinary"
+
+    def _words(self, *t_0: str) -> list[str]:
+        words = []
+        if self.values["t_0"] < 1:
+            scaling = "scaled" if self.values["scale_lr"] else "unscaled"
+            words = [self.values["how_scale"], scaling, *t_0]
         others = {k: v for k, v in self.arm if k not in (*_SCHEDULE, "total_steps")}
+        if (frozen := others.pop("frozen", None)) is not None:
+            words.append(f"frozen {frozen}")
         cache, views = others.pop("cache", "off"), others.pop("views", None)
         if cache != "off":
             words.append("cached" if cache == "auto" else f"cached ({cache})")
@@ -161,7 +178,7 @@ class Run:
         for name, value in others.items():
             if value not in (False, None):
                 words.append(name.replace("_", " ") + ("" if value is True else f" {value}"))
-        return " ".join(words)
+        return words
 
 
 def network_name(values: Mapping[str, Any]) -> str:
@@ -212,8 +229,11 @@ def read_run(path: Path) -> Run:
             hardware=_hardware(saved),
             epochs=_read_metrics(path / METRICS),
             savings=_read_savings(path / SAVINGS),
+            frozen_from_start=int(resolved.get("frozen_from_start", 0)),
         )
         _ = run.schedule
+        if run.values["frozen"] is not None:
+            frozen_plan(run.values["frozen"])
     except CheckpointError:
         raise
     except (KeyError, TypeError, ValueError, OverflowError) as error:

@@ -45,8 +45,8 @@ class StudyOptions:
     """cifar10, cifar100, digits."""
     strategies: Annotated[tuple[str, ...] | None, _option("TEXT ...", "'cubic scaled'")] = None
     """Such as 'cubic scaled' or 'linear unscaled', made with every --t-0, or with a t_0 of its own:
-    'cubic scaled 0.8'; and 'cubic scaled 0.8 cached 4 views', as --cache auto --views 4 of
-    train."""
+    'cubic scaled 0.8'; 'cubic scaled 0.8 frozen 5', as --frozen 5 of train, or 'frozen 5' alone;
+    and 'cubic scaled 0.8 cached 4 views', as --cache auto --views 4."""
     t_0: Annotated[tuple[float, ...] | None, _option("T ...", "0.8")] = None
     """Freeze times of the first layer, for strategies that name none."""
     seeds: Annotated[tuple[int, ...] | None, _option("N ...", "0 1 2")] = None
@@ -190,10 +190,8 @@ class Study:
             rivals.setdefault(f"{strategy.cost_name} equal time", []).append(strategy.name)
 
         def cell(arm: str, config: TrainConfig, seed: int, needs: tuple[str, ...] = ()) -> Cell:
-            folder = home / arm.replace(" ", "-") / f"seed{seed}"
-            every = (
-                home / need.replace(" ", "-") / f"seed{s}" for need in needs for s in self.seeds
-            )
+            folder = home / _folder_name(arm) / f"seed{seed}"
+            every = (home / _folder_name(need) / f"seed{s}" for need in needs for s in self.seeds)
             return Cell(folder, replace(config, seed=seed, out=folder), tuple(every), words)
 
         cells = [cell(arm, config, seed) for seed in self.seeds for arm, config in arms.items()]
@@ -218,6 +216,10 @@ class Study:
             for name, value in values.items()
             if value is not None
         )
+
+
+def _folder_name(arm: str) -> str:
+    return arm.replace(" ", "-").replace("/", "-")
 
 
 def parse_model(name: str) -> dict[str, Any]:
@@ -260,6 +262,11 @@ def preset_options(name: str) -> StudyOptions:
         raise InvalidValue(f"preset must be one of {', '.join(PRESETS)}, got {name!r}")
     text = files(__package__).joinpath("presets", f"{name}.toml").read_text(encoding="utf-8")
     return _options(tomllib.loads(text))
+
+
+def names_a_study(options: StudyOptions) -> bool:
+    """Whether they say what is trained, and not only how or where."""
+    return any(each is not None for each in (options.models, options.datasets, options.strategies))
 
 
 def merged(below: StudyOptions, above: StudyOptions) -> StudyOptions:

@@ -16,6 +16,7 @@ from statistics import median
 from typing import Any
 
 from ..errors import CheckpointError, FreezeOutError, InvalidValue
+from ..savings import seconds_saved
 from ..values import whole_number
 from ..words import first_line
 from .cached import CachedRun
@@ -23,7 +24,7 @@ from .config import TrainConfig
 from .device import hardware
 from .display import Display
 from .job import Job, Sums, random_state, set_random_state
-from .prediction import Prediction, warning
+from .prediction import Prediction, RunTimes, warning
 from .ranks import Ranks, launched
 from .run_folder import RunFolder, resume_command
 from .signals import stop_signals
@@ -56,7 +57,7 @@ def train(config: TrainConfig) -> Path:
         job = ranks.each(lambda: Job(config, ranks))
         stop = _Stop()
         with stop_signals(stop.note):
-            epochs, prediction = ranks.first(job.plan)
+            epochs, prediction = ranks.first(job.foresee)
             folder = ranks.first(
                 lambda: RunFolder.create(config.folder, job.description(epochs, prediction))
             )
@@ -170,6 +171,7 @@ class _Loop:
         self.freezer = job.freezer(job.model, self.optimizer, self.total_steps)
         cache = job.cache(self.freezer)
         self.cached = None if cache is None else CachedRun(job, cache)
+        self.times = RunTimes()
         self.rows: list[dict[str, Any]] = []  # finished epochs
         self.epoch = 0
         self.batch = 0  # batches done in this epoch
@@ -186,6 +188,7 @@ class _Loop:
             "batch": self.batch,
             "rows": self.rows,
             "sums": vars(sums),
+            "times": self.times.state(),
             "model": self.job.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "freezer": self.freezer.state_dict(),
@@ -204,8 +207,10 @@ class _Loop:
             if self.cached is not None:
                 self.cached.cache.load_state_dict(state["cache"])
             self.rows, self.epoch, self.batch = state["rows"], state["epoch"], state["batch"]
-            if self.ranks.is_first:
-                self.sums = Sums(**state["sums"])
+            self.times.load(state["times"])
+            self.sums = Sums(**state["sums"])
+            if not self.ranks.is_first:  # the first has all images' sums
+                self.sums = self.sums.without_images()
             # A rank that there was not keeps the generator that its number gives it.
             for random in state["random"][self.ranks.rank :][:1]:
                 set_random_state(random, self.job.device)
@@ -245,7 +250,7 @@ class _Loop:
         if job.config.freezeout:
             costs = None if self.prediction is None else self.prediction.step_costs
             display.say(freezer.summary(costs))
-            if self.prediction is not None and (line := warning(self.prediction.against(freezer))):
+            if (savings := self.savings()) is not None and (line := warning(savings)):
                 display.say(line)
         if self.cached is not None:
             self.cached.cache.close(delete=True)
@@ -254,9 +259,16 @@ class _Loop:
 
     def write_results(self) -> None:
         """The finished epochs' metrics, and predicted beside measured costs."""
-        if self.prediction is not None:
-            self.folder.write_savings(self.prediction.against(self.freezer))
+        if (savings := self.savings()) is not None:
+            self.folder.write_savings(savings)
         self.folder.write_metrics(self.rows)
+
+    def savings(self) -> dict[str, Any] | None:
+        """Predicted beside measured costs, if layers freeze."""
+        if self.prediction is None:
+            return None
+        saved = seconds_saved(self.times, self.freezer.layers)
+        return self.prediction.against(self.times.by_depth(), saved)
 
     def train_epoch(self, display: Display) -> None:
         """Make the epoch's remaining steps."""
@@ -275,9 +287,13 @@ class _Loop:
             x, y, weight = next(batches)
             net = self.net if cached is None else cached.net(self.epoch, self.batch)
             loss, logits = job.loss(net, x, y)
+            if number == steps - 1:
+                sums.rates = [rate for rate in freezer.learning_rates if rate > 0]
             (loss * weight).backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             optimizer.zero_grad()
+            self.times.served = cached is not None and cached.has_served()
+            self.times.record(freezer.num_frozen)
             if freezer.step():
                 self.net = ranks.rewrap(self.net)
             if weight:
@@ -311,12 +327,7 @@ class _Loop:
         valid_loss, valid_error = heldout or (None, None)
         if valid_loss is not None and not math.isfinite(valid_loss):
             valid_loss = None  # JSON has no infinity
-        freezer, lr = self.freezer, self.job.config.lr
-        # In the epoch's last update, of the layers that were trained in it.
-        factors = freezer.schedule.factors(
-            freezer.step_count - 1, len(freezer.layers), freezer.total_steps
-        )
-        rates = [lr * factor for factor in factors if factor > 0]
+        freezer = self.freezer
         parameters = self.job.model.parameters()
         return {
             "epoch": self.epoch + 1,
@@ -325,8 +336,9 @@ class _Loop:
             "train_error": train_error,
             "valid_loss": valid_loss,
             "valid_error": valid_error,
-            "lr_lowest": min(rates),
-            "lr_highest": max(rates),
+            # In the epoch's last update, of the layers that were trained in it.
+            "lr_lowest": min(sums.rates),
+            "lr_highest": max(sums.rates),
             "frozen_layers": freezer.num_frozen,
             "trained_parameters": sum(p.numel() for p in parameters if p.requires_grad),
             "seconds": sums.seconds,
@@ -350,12 +362,14 @@ class _Loop:
             f"{self.job.precision} on {hardware(self.job.device)}"
             + (f", {self.ranks.size} ranks" if self.ranks.size > 1 else "")
         )
-        rates = freezer.schedule.largest_factor(len(freezer.layers), freezer.total_steps)
-        freezes = [f for f in freezer.freeze_steps if f < freezer.total_steps]
-        if freezes:
+        begin, *later = freezer.timeline.changes
+        if config.frozen is not None:
+            display.say(f"frozen from the start: {begin[1]} of {len(freezer.layers)} layers")
+        if later:
+            largest = max(self.job.plan.factors(0, freezer.timeline)) * config.lr
             display.say(
-                f"layers freeze from step {freezes[0]} to step {freezes[-1]}; the largest "
-                f"starting rate is {rates * config.lr:.4g}"
+                f"layers freeze from step {later[0][0]} to step {later[-1][0]}; the largest "
+                f"starting rate is {largest:.4g}"
             )
         if self.cached is not None:
             display.say(self.cached.describe())

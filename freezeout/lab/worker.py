@@ -58,7 +58,11 @@ def _measure(config: TrainConfig, target: Path) -> None:
 
     job = Job(config)
     costs = job.step_costs()
-    found = {"step_costs_seconds": costs, "steps_per_epoch": job.steps_per_epoch}
+    found = {
+        "step_costs_seconds": costs,
+        "steps_per_epoch": job.steps_per_epoch,
+        "layers": job.layers,
+    }
     target.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(target, json.dumps(found, indent=2) + "\n")
 

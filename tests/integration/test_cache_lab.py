@@ -121,6 +121,40 @@ def test_a_cache_in_memory_is_rebuilt_on_resume(reference: Path, tmp_path: Path)
     assert_close(out, reference)
 
 
+IMAGES = 1437
+
+
+@pytest.mark.parametrize("views", [1, 2])
+def test_with_layers_frozen_from_the_start_the_first_pass_stores(
+    views: int, tmp_path: Path
+) -> None:
+    """The number of frozen layers does not change, so that all that comes back is read: with one
+    view from the second epoch on, with two from the third. Killed there, it goes on alike."""
+    words = {"frozen": 3, "t_0": 1, "dropout": 0, "cache_budget": "1G", "views": views}
+    words |= {"augment": views > 1}
+    outs = []
+    for name in ("whole", "killed"):
+        out, cache = tmp_path / name, tmp_path / f"{name}-cache"
+        at = ("SIGKILL", "step", 2 * STEPS_PER_EPOCH + 7) if name == "killed" else None
+        ended = run_process(*options(out=out, cache=cache, **words), at=at)
+        assert ended.status == (KILLED if at else 0), ended.err
+        outs.append(out)
+    rows = read_rows(outs[0])
+    assert [row["frozen_layers"] for row in rows] == [3] * len(rows)
+    stored = [epoch < views for epoch in range(len(rows))]
+    assert [row["cache_misses"] for row in rows] == [IMAGES * new for new in stored]
+    assert [row["cache_hits"] for row in rows] == [IMAGES * (not new) for new in stored]
+    assert {row["cache_bypassed"] for row in rows} == {row["cache_advanced"] for row in rows} == {0}
+    ended = run_process("--resume", outs[1])
+    assert (ended.status, ended.err) == (0, "")
+    assert differences_aside_from_counts(outs[1], outs[0]) == []
+    if views == 1:  # the images are those of a run without a cache
+        plain = tmp_path / "plain"
+        words |= {"views": None, "cache_budget": None}
+        assert run_process(*options(out=plain, **words)).status == 0
+        assert_close(outs[0], plain)
+
+
 def test_views_come_back_and_are_random_before(tmp_path: Path) -> None:
     """Two runs with views, one killed: the same bits, so the same images."""
     outs = []

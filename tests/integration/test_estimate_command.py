@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from freezeout import Schedule
+from freezeout import Frozen, Schedule
 from freezeout.cli import main
 from freezeout.cost import paper_costs, paper_saving, saving
 from freezeout.lab.estimate import estimate as estimating
@@ -146,10 +146,15 @@ def test_json_holds_what_the_schedule_and_the_counts_say(capsys: Capture) -> Non
     assert step["count"]["backward"][0] == 9 * one + one // 4  # all but the input's gradient
     assert step["seconds"] is None
     assert run["total_steps"] == ordinary["total_steps"] == 1000
-    ends = Schedule(0.5, "linear").freeze_steps(6, 1000)
-    assert tuple(run["freeze_steps"]) == ends
+    timeline = Schedule(0.5, "linear").timeline(6, 1000)
+    assert tuple(run["freeze_steps"]) == timeline.freeze_steps
+    assert (ordinary["frozen"], run["frozen"]) == (0, 0)
     costs = [sum(step["count"]["forward"]) + each for each in step["count"]["backward"]]
-    assert run["saved"] == run["flops_saved"] == pytest.approx(saving(costs, ends, 1000), abs=1e-12)
+    assert (
+        run["saved"]
+        == run["flops_saved"]
+        == pytest.approx(saving(costs, timeline.counts()), abs=1e-12)
+    )
     assert run["flops"] == pytest.approx(ordinary["flops"] * (1 - run["saved"]))
     assert run["largest_rate"] == pytest.approx(0.2)
     peaks = [each["peak"] for each in step["memory"]["steps"]]
@@ -164,7 +169,7 @@ def test_measured_seconds_make_the_saving(capsys: Capture) -> None:
     assert len(costs) == len(cached) == 5
     ordinary, run, served = found["runs"]
     assert ordinary["seconds"] == pytest.approx(200 * costs[0])
-    assert run["saved"] == pytest.approx(saving(costs, run["freeze_steps"], 200))
+    assert run["saved"] == pytest.approx(saving(costs, Schedule().timeline(5, 200).counts()))
     assert run["seconds"] == pytest.approx((1 - run["saved"]) * ordinary["seconds"])
     assert served["name"] == "cubic 0.8, cached"
     assert served["seconds"] <= run["seconds"]
@@ -190,10 +195,9 @@ def test_every_strategy_can_be_compared(capsys: Capture) -> None:
     assert len(runs) == 1 + 2 * 3 * 7
     for run in runs[1:]:
         schedule = Schedule(**run["schedule"])
-        assert run["largest_rate"] == pytest.approx(
-            0.1 * schedule.largest_factor(6, run["total_steps"])
-        )
-        assert tuple(run["freeze_steps"]) == schedule.freeze_steps(6, run["total_steps"])
+        timeline = schedule.timeline(6, run["total_steps"])
+        assert run["largest_rate"] == pytest.approx(0.1 * max(schedule.factors(0, timeline)))
+        assert tuple(run["freeze_steps"]) == timeline.freeze_steps
     ended = estimate(capsys, *COUNTED, "--compare")
     rows = [line for line in ended.out.splitlines() if line.startswith("  cubic 0.")]
     assert len(rows) == 7
@@ -232,6 +236,71 @@ def test_a_time_budget_is_turned_into_epochs(capsys: Capture) -> None:
 def test_the_papers_formula_stands_beside_densenet(capsys: Capture) -> None:
     found = read(capsys, "--no-measure", "--depth", 10, "--batch-size", 2)
     assert found["runs"][1]["paper_saved"] == paper_saving(paper_costs(10, 12), Schedule())
+
+
+@pytest.mark.parametrize("frozen", ["2", "-4", "0.4"])
+def test_layers_frozen_from_the_start(capsys: Capture, frozen: str) -> None:
+    found = read(capsys, *COUNTED, "--frozen", frozen)
+    ordinary, run = found["runs"]
+    line = Frozen(2, then=Schedule()).timeline(6, run["total_steps"])
+    step = found["step"]
+    costs = [sum(step["count"]["forward"]) + each for each in step["count"]["backward"]]
+    assert (ordinary["frozen"], run["frozen"], run["name"]) == (0, 2, "cubic 0.8 frozen 2")
+    assert tuple(run["freeze_steps"]) == line.freeze_steps
+    assert run["saved"] == pytest.approx(saving(costs, line.counts()), abs=1e-12)
+    peaks = [each["peak"] for each in step["memory"]["steps"]]
+    assert run["peak_bytes"] == [peaks[2], peaks[2], peaks[5]]
+    assert ordinary["peak_bytes"][0] == peaks[0]
+
+
+def test_layers_frozen_from_the_start_in_a_table(capsys: Capture) -> None:
+    ended = estimate(capsys, *SMALL, "--epochs", 2, "--frozen", "group1_block1", "--t-0", 1)
+    assert ended.status == 0, ended.err
+    lines = ended.out.splitlines()
+    shown = {line.strip().split("  ")[0]: line for line in lines if line.startswith("  ")}
+    assert max(map(len, lines[1:])) <= 80
+    assert "frozen at the start" in shown["stem"]
+    assert "frozen at the start" in shown["group1_block1"]
+    assert "never" in shown["group2_block1"]
+    assert shown["the run"].split() == ["the", "run", "ordinary", "frozen", "2"]
+    assert shown["layers freeze at"].split()[-2:] == ["none", "start"]
+
+
+def test_layers_frozen_from_the_start_with_every_other_option(capsys: Capture, home: Path) -> None:
+    given = (*SMALL, "--frozen", 2)
+    found = read(capsys, *given, "--cache", "--time-budget", "1h", "--plot", home / "figure.svg")
+    ordinary, run, served = found["runs"]
+    assert served["name"] == "cubic 0.8 frozen 2, cached"
+    assert ordinary["epochs"] < run["epochs"] <= served["epochs"]
+    assert run["seconds"] <= 3600
+    assert (home / "figure.svg").exists()
+    compared = read(capsys, *COUNTED, "--frozen", 2, "--compare")["runs"]
+    assert {run["frozen"] for run in compared[1:]} == {2}
+    assert len({run["name"] for run in compared}) == 1 + 2 * 3 * 7
+    ended = estimate(capsys, *COUNTED, "--frozen", 2, "--compare")
+    assert max(map(len, ended.out.splitlines()[1:])) <= 80
+    # The latest t_0 that saves half, beside the two layers.
+    saved, later = (
+        read(capsys, *COUNTED, "--frozen", 2, *more)["runs"][1]["saved"]
+        for more in (("--target-saving", 0.45), ("--t-0", t_0_found(capsys) + 0.001))
+    )
+    assert later < 0.45 <= saved
+    easy = read(capsys, *COUNTED, "--frozen", 2, "--target-saving", 0.05)
+    assert easy["runs"][1]["schedule"]["t_0"] == 1
+    assert "2 layers that are frozen from the start save" in easy["remarks"][0]
+
+
+def t_0_found(capsys: Capture) -> float:
+    found = read(capsys, *COUNTED, "--frozen", 2, "--target-saving", 0.45)
+    return float(found["runs"][1]["schedule"]["t_0"])
+
+
+def test_layers_that_the_maker_froze_are_frozen_in_an_ordinary_run_too(capsys: Capture) -> None:
+    model = ("--model", "own_networks:fixed_backbone", "--no-measure")
+    ordinary, run = read(capsys, *model)["runs"]
+    assert (ordinary["frozen"], run["frozen"], run["name"]) == (1, 1, "cubic 0.8")
+    ordinary, run = read(capsys, *model, "--frozen", 2)["runs"]
+    assert (ordinary["frozen"], run["frozen"], run["name"]) == (1, 2, "cubic 0.8 frozen 2")
 
 
 def test_a_models_own_loss_and_names_are_taken(capsys: Capture) -> None:
@@ -328,9 +397,7 @@ def test_what_is_drawn_is_the_costs_and_the_schedule(monkeypatch: Patch, home: P
     for (x, y), end in zip(curves, run.freeze_steps, strict=False):
         for share, rate in zip(x, y, strict=True):
             step = round(share * run.total_steps)
-            factor = (
-                Schedule().factors(step, 6, run.total_steps) if step < run.total_steps else [0] * 6
-            )
+            factor = Schedule().factors(step, Schedule().timeline(6, run.total_steps))
             assert rate == pytest.approx(0.1 * factor[run.freeze_steps.index(end)], abs=1e-12)
 
 
@@ -365,6 +432,12 @@ MISTAKES = {
     "--model own_networks:good --lr 0": ("lr must be in (0, inf), got 0",),
     "--model own_networks:good --device cuda:7": ("cuda:7",),
     "--model wrn --growth 3": ("growth is not an option of wrn",),
+    "--model own_networks:good --frozen 99": ("first=99", "0 to 5 of them can be frozen"),
+    "--model own_networks:good --frozen 6 --no-measure": ("first=6", "0 to 5 of them"),
+    "--model own_networks:good --frozen 0.0.1": ("a number of layers", "got '0.0.1'"),
+    "--model own_networks:good --frozen layer99": ("a module's name such as", "got 'layer99'"),
+    "--model own_networks:good --frozen 0": ("got '0'", "leave it out"),
+    "--model own_networks:good --frozen 5 --target-saving 0.9": ("90.0% cannot be reached",),
 }
 
 

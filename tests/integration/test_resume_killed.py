@@ -1,5 +1,6 @@
 """Runs that are killed, by real signals to real processes, and go on as if they never had been."""
 
+import json
 import random
 import re
 import shutil
@@ -13,9 +14,11 @@ from typing import TypeVar
 
 import pytest
 
+from freezeout import Frozen, Schedule
 from tests.command import (
     EPOCHS,
     FILES,
+    LAYERS,
     STEPS_PER_EPOCH,
     TOTAL_STEPS,
     Outcome,
@@ -92,6 +95,30 @@ def test_ten_runs_killed_at_random_steps_end_as_if_never_killed(
         return finish(folder, reference, what)
 
     assert together(killed_and_resumed, range(10)) == []
+
+
+def test_a_run_that_began_with_frozen_layers_goes_on_bit_for_bit(tmp_path: Path) -> None:
+    """Killed in its first epoch, before the first checkpoint, and in its third."""
+    whole = tmp_path / "whole"
+    ended = run_process(*options(out=whole, frozen=3))
+    assert (ended.status, ended.err) == (0, "")
+    line = Frozen(3, then=Schedule(0.4, "squared")).timeline(LAYERS, TOTAL_STEPS)
+    for row in read_rows(whole):
+        assert row["frozen_layers"] == line.num_frozen(row["step"]) > 3
+
+    def killed_and_resumed(step: int) -> list[str]:
+        what, folder = f"killed at step {step}", tmp_path / str(step)
+        first = run_process(*options(out=folder, frozen=3), at=("SIGKILL", "step", step))
+        if first.status != KILLED:
+            return [f"{what}: ended with {first.status}: {first.err}"]
+        return finish(folder, whole, what)
+
+    steps = [random.randint(n * STEPS_PER_EPOCH + 1, (n + 1) * STEPS_PER_EPOCH) for n in (0, 2)]
+    assert together(killed_and_resumed, steps) == []
+    # What was measured is of the whole run, whatever process made it.
+    for folder in (whole, *(tmp_path / str(step) for step in steps)):
+        savings = json.loads((folder / "savings.json").read_text())
+        assert sum(each["steps"] for each in savings["depths"]) == TOTAL_STEPS
 
 
 def test_killed_between_two_files_each_epoch_comes_once(reference: Path, tmp_path: Path) -> None:

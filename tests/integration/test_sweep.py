@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from freezeout.lab.report import style, write_report
 from freezeout.lab.runs import find_run_folders, read_run
-from tests.command import differences, environment, read_checkpoint, read_rows
+from tests.command import differences, environment, read_checkpoint, read_rows, read_weights
 
 pytestmark = pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="POSIX signals")
 
@@ -232,3 +233,32 @@ def test_a_mistake_is_one_line(words: list[str], said: str, tmp_path: Path) -> N
     assert line.startswith("freezeout: ")
     assert said in line
     assert list(tmp_path.iterdir()) == []
+
+
+def test_strategies_with_layers_frozen_from_the_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study, home = tmp_path / "study.toml", tmp_path / "sweep"
+    study.write_text(
+        _STUDY.replace(
+            '["cubic scaled 0.5", "cubic scaled 3"]',
+            '["cubic scaled 0.5 frozen 2", "frozen stem", "cubic scaled 0.5 frozen 9"]',
+        ).replace("epochs = 3", "epochs = 2\nimages = 500\nequal_time = false")
+    )
+    command = [sys.executable, "-m", "freezeout", "sweep", str(study), "--out", str(home)]
+    ended = subprocess.run(
+        command, capture_output=True, text=True, env=environment(), timeout=300, check=False
+    )
+    assert ended.returncode == 2
+    assert "1 of 4 runs failed" in ended.stderr
+    assert "cubic-scaled-0.5-frozen-9, seed 0: Frozen(first=9) does not go with 5" in ended.stderr
+    group = home / GROUP
+    both, alone = (group / arm / "seed0" for arm in ("cubic-scaled-0.5-frozen-2", "frozen-stem"))
+    # With 10 steps: the first of three others at step 2, where t_0 is cubed, then at 5.
+    assert [row["frozen_layers"] for row in read_rows(both)] == [4, 4]
+    assert [row["frozen_layers"] for row in read_rows(alone)] == [1, 1]
+    weights = [read_weights(run) for run in (both, alone)]
+    assert torch.equal(weights[0]["stem.weight"], weights[1]["stem.weight"])
+    monkeypatch.setattr(style, "save", lambda figure, path, title: "<svg></svg>")
+    arms = [arm["arm"] for each in report(home)["groups"] for arm in each["arms"]]
+    assert arms == ["ordinary, full length", "cubic scaled 0.5 frozen 2", "frozen stem"]

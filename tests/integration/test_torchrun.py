@@ -184,6 +184,34 @@ def test_the_first_20_losses_are_those_of_a_single_process(command: Path, tmp_pa
         )
 
 
+def test_ranks_freeze_layers_from_the_start_alike(command: Path, tmp_path: Path) -> None:
+    """The first layer's weights stay the initial ones to the bit, on one rank and on two."""
+    arguments = {"model": "plain", "depth": None, "growth": None, "dropout": None, "lr": 0.02}
+    for ranks in (1, 2):
+        given = options(**arguments, frozen=1, steps=30, validate="none", out=tmp_path / str(ranks))
+        ended = run(command, ranks, *given)
+        assert ended.status == 0, ended.err
+    one, two = (read_rows(tmp_path / str(ranks)) for ranks in (1, 2))
+    assert [row["frozen_layers"] for row in two] == [row["frozen_layers"] for row in one]
+    assert two[0]["frozen_layers"] >= 1
+    for mine, theirs in zip(two, one, strict=True):
+        assert mine["train_loss"] == pytest.approx(theirs["train_loss"], rel=0, abs=1e-5)
+    begun = first_weights(command)
+    for ranks in (1, 2):
+        weights = read_weights(tmp_path / str(ranks))
+        same = {name for name, weight in weights.items() if torch.equal(weight, begun[name])}
+        assert same == {name for name in weights if name.startswith("one.")}
+
+
+def first_weights(command: Path) -> dict[str, torch.Tensor]:
+    """Of the network without BatchNorm, before its first step."""
+    names: dict[str, Any] = {}
+    exec(command.read_text().partition("models._MODELS")[0], names)
+    torch.manual_seed(0)
+    weights: dict[str, torch.Tensor] = names["Plain"](num_classes=10).state_dict()
+    return weights
+
+
 def test_a_killed_run_goes_on_as_if_never_killed(
     command: Path, reference: Path, tmp_path: Path
 ) -> None:

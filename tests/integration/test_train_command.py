@@ -25,14 +25,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.optim import SGD
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 import freezeout
-from freezeout import FreezeOut, Schedule
+from freezeout import FreezeOut, Frozen, Schedule
 from freezeout.cli import main
-from freezeout.cost import run_cost
+from freezeout.cost import run_cost, saving
 from freezeout.lab import job as lab_job
 from freezeout.lab.config import TrainConfig
 from freezeout.lab.data import CIFAR10, eval_batches, load_data
@@ -332,6 +333,90 @@ def test_constant_time_of_a_long_run_is_right_to_the_epoch(monkeypatch: Patch) -
     assert epochs == min(range(1, 200), key=missed) > 50
 
 
+def first_weights(**changes: Any) -> dict[str, Tensor]:
+    """Of the small run's network, before its first step."""
+    torch.manual_seed(0)
+    sizes = {"depth": 10, "growth": 4, "dropout": 0.1, **changes}
+    return build_model("densenet", num_classes=10, **sizes).state_dict()
+
+
+def is_of_first(name: str, count: int) -> bool:
+    """Whether a tensor belongs to one of the small network's first layers."""
+    layers = ("stem", "block1_unit1", "transition1", "block2_unit1", "transition2", "block3_unit1")
+    return name.split(".")[0] in layers[:count]
+
+
+@pytest.mark.parametrize("frozen", ["3", "-4", "0.5", "transition1"])
+def test_layers_frozen_from_the_start_stay_as_they_were(
+    frozen: str, alone: Path, capsys: Capture
+) -> None:
+    """Seven layers, the first three of them frozen; BatchNorm's statistics stay, too."""
+    total, folder = 30, alone / "run"
+    ended = run_here(capsys, *options(frozen=frozen, steps=total, out=folder))
+    assert (ended.status, ended.err) == (0, "")
+    assert "frozen from the start: 3 of 7 layers\n" in ended.out
+    plan = Frozen(3, then=Schedule(0.4, "squared"))
+    line = plan.timeline(LAYERS, total)
+    rows = read_rows(folder)
+    assert [row["step"] for row in rows] == [STEPS_PER_EPOCH, total]
+    for row in rows:
+        rates = [0.1 * f for f in plan.factors(row["step"] - 1, line) if f > 0]
+        assert row["frozen_layers"] == line.num_frozen(row["step"]) >= 3
+        assert (row["lr_lowest"], row["lr_highest"]) == (min(rates), max(rates))
+    weights, begun = read_weights(folder), first_weights()
+    for name, weight in weights.items():
+        same = torch.equal(weight, begun[name])
+        assert same if is_of_first(name, 3) else not same or weight.numel() == 0, name
+    saved = json.loads((folder / "config.json").read_text())
+    assert saved["config"]["frozen"] == frozen
+    assert saved["resolved"]["frozen_from_start"] == 3
+    savings = json.loads((folder / "savings.json").read_text())
+    costs = saved["resolved"]["prediction"]["step_costs"]
+    assert [each["frozen_layers"] for each in savings["depths"]] == list(line.depths)
+    assert savings["predicted_share"] == pytest.approx(saving(costs, line.counts()))
+    # No full step was ever made: what one takes is predicted.
+    assert savings["full_steps"] == "predicted"
+    assert 0 < savings["measured_share"] < 1
+
+
+def test_with_t_0_of_1_the_other_layers_only_anneal(alone: Path, capsys: Capture) -> None:
+    ended = run_here(capsys, *options(frozen=2, t_0=1, epochs=1))
+    assert (ended.status, ended.err) == (0, "")
+    folder = Path("runs/densenet-10-k4-digits-squared-1-frozen-2-seed0")
+    (row,) = read_rows(folder)
+    cosine = 0.5 * (1 + math.cos(math.pi * (STEPS_PER_EPOCH - 1) / STEPS_PER_EPOCH))
+    assert (row["frozen_layers"], row["lr_lowest"], row["lr_highest"]) == (
+        2,
+        0.1 * cosine,
+        0.1 * cosine,
+    )
+
+
+def test_constant_time_counts_what_is_frozen_from_the_start(monkeypatch: Patch) -> None:
+    costs = [float(LAYERS - k) for k in range(LAYERS)]
+    monkeypatch.setattr(lab_job, "measure_step_costs", lambda *args, **options: costs)
+    config = TrainConfig(
+        model="densenet",
+        depth=10,
+        growth=4,
+        dataset="digits",
+        epochs=10,
+        batch_size=64,
+        frozen="transition1",
+        const_time=True,
+        device="cpu",
+    )
+    job = lab_job.Job(config)
+    plan = Frozen(3, then=Schedule())
+    assert job.plan == plan
+
+    def missed(epochs: int) -> float:
+        line = plan.timeline(LAYERS, epochs * job.steps_per_epoch)
+        return abs(run_cost(costs, line.counts()) - 10 * job.steps_per_epoch * costs[0])
+
+    assert job.foresee()[0] == min(range(1, 60), key=missed) > 17
+
+
 def test_without_out_the_folder_is_named_after_the_run(alone: Path, capsys: Capture) -> None:
     ended = run_here(capsys, *options(steps=1, batch_size=8, validate="none"))
     folder = Path("runs/densenet-10-k4-digits-squared-0.4-seed0")
@@ -569,6 +654,17 @@ def test_the_way_to_go_on_can_be_pasted_into_a_shell(
         ({"widen_factor": 2}, "widen_factor is not an option of densenet"),
         ({"const_time": True, "steps": 9}, "const_time needs freezeout and whole epochs"),
         ({"const_time": True, "freezeout": False}, "const_time needs freezeout"),
+        ({"frozen": "0.0.1"}, "a number of layers .*module's name such as .*; got '0.0.1'"),
+        ({"frozen": "layer99"}, "a number of layers .*module's name such as .*; got 'layer99'"),
+        ({"frozen": "transition3"}, "such as transition2, transition1; got 'transition3'"),
+        ({"frozen": 99}, r"first=99\) does not go with 7 layers: 0 to 6 of them can be frozen"),
+        ({"frozen": 7}, r"first=7\) does not go with 7 layers: 0 to 6 of them can be frozen"),
+        ({"frozen": "head"}, r"up_to='head'\) does not go with 7 layers: 0 to 6 of them"),
+        ({"frozen": -8}, r"all_but_last=8\) does not go with 7 layers"),
+        ({"frozen": 0}, "a number of layers .*, got '0'; for none, leave it out"),
+        ({"frozen": 1.5}, r"a share of them in \(0, 1\) .*, got '1.5'"),
+        ({"frozen": ""}, "a number of layers .*, got ''"),
+        ({"frozen": 3, "freezeout": False}, "frozen='3' needs freezeout"),
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",
 )
@@ -776,7 +872,9 @@ def test_what_is_no_checkpoint(
     assert f"{path} is " in mistake(capsys, "--resume", folder)
 
 
-@pytest.mark.parametrize("key", ["model", "optimizer", "freezer", "random", "sums", "rows"])
+@pytest.mark.parametrize(
+    "key", ["model", "optimizer", "freezer", "random", "sums", "rows", "times"]
+)
 def test_a_checkpoint_that_lacks_a_part(
     key: str, stopped: Path, copy_of: Callable[[Path], Path], capsys: Capture
 ) -> None:

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
-from freezeout import Schedule
+from freezeout import Frozen, Schedule
 from freezeout.errors import CheckpointError, InvalidType, InvalidValue
 from freezeout.lab.config import TrainConfig
+from freezeout.lab.frozen import frozen_plan
 
 NAN = math.nan
 
@@ -113,6 +114,49 @@ def test_without_freezeout_no_layer_freezes_and_the_rate_is_plain_cosine() -> No
     assert factors == pytest.approx([0.5 * (1 + math.cos(math.pi / 4))] * 5, rel=1e-15)
 
 
+@pytest.mark.parametrize(
+    ("text", "plan"),
+    [
+        ("5", Frozen(5)),
+        ("+5", Frozen(5)),
+        ("-1", Frozen(all_but_last=1)),
+        ("0.5", Frozen(share=0.5)),
+        (".25", Frozen(share=0.25)),
+        ("1e-1", Frozen(share=0.1)),
+        ("layer1", Frozen(up_to="layer1")),
+        ("0.0.1", Frozen(up_to="0.0.1")),
+        ("encoder.layer.3", Frozen(up_to="encoder.layer.3")),
+    ],
+)
+def test_frozen_is_a_number_a_share_or_a_name(text: str, plan: Frozen) -> None:
+    assert frozen_plan(text) == plan
+    config = TrainConfig(frozen=text, t_0=0.5)
+    config.check()
+    assert config.plan == frozen_plan(text, Schedule(0.5))
+    assert TrainConfig.from_json(json.loads(json.dumps(config.to_json()))) == config
+    assert TrainConfig(t_0=0.5).plan == config.schedule == Schedule(0.5)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "0", "-0", "0.0", "1.0", "1.5", "-0.5", "1e9", "9" * 5000, "two layers", "5\n"]
+)
+def test_frozen_says_what_is_allowed(text: str) -> None:
+    allowed = r"frozen must be a number of layers \(5\), .* a module's name, got "
+    with pytest.raises(InvalidValue, match=allowed) as error:
+        TrainConfig(frozen=text).check()
+    assert repr(text) in str(error.value)
+    with pytest.raises(InvalidType, match="as text, got 5"):
+        TrainConfig(frozen=5).check()  # type: ignore[arg-type]
+    with pytest.raises(InvalidValue, match="frozen='5' needs freezeout"):
+        TrainConfig(frozen="5", freezeout=False).check()
+
+
+def test_a_configuration_of_before_the_option_freezes_nothing_from_the_start() -> None:
+    values = TrainConfig().to_json()
+    del values["frozen"]
+    assert TrainConfig.from_json(TrainConfig.completed(values)) == TrainConfig()
+
+
 def test_the_folder_is_named_after_what_tells_runs_apart() -> None:
     base = TrainConfig()
     assert base.folder == Path("runs/densenet-cifar100-cubic-0.8-seed0")
@@ -121,6 +165,7 @@ def test_the_folder_is_named_after_what_tells_runs_apart() -> None:
         *({}, {"model": "wrn"}, {"depth": 40}, {"depth": 40, "growth": 24}, {"widen_factor": 2}),
         *({"model": "timm:resnet/18"}, {"dataset": "digits"}, {"freezeout": False}),
         *({"t_0": 0.5}, {"how_scale": "linear"}, {"scale_lr": False}, {"seed": 1}),
+        *({"frozen": "5"}, {"frozen": "-5"}, {"frozen": "0.5"}, {"frozen": "a/b"}),
     ]
     folders = [replace(base, **other).folder for other in others]
     assert len(set(folders)) == len(folders)

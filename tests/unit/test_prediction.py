@@ -1,5 +1,6 @@
 """Predicted against measured seconds, with a clock that goes on by what a step is said to cost."""
 
+import json
 import time
 from typing import Any
 
@@ -7,9 +8,9 @@ import pytest
 import torch
 from torch.optim import SGD
 
-from freezeout import FreezeOut, Schedule
+from freezeout import FreezeOut, Frozen, Schedule
 from freezeout.errors import CheckpointError, InvalidValue
-from freezeout.lab.prediction import Prediction, warning
+from freezeout.lab.prediction import Prediction, RunTimes, warning
 from tests.models import linear_net
 
 COSTS = (10.0, 8.0, 6.0, 4.0)
@@ -85,6 +86,53 @@ def test_a_few_steps_are_no_evidence(clock: list[float]) -> None:
     assert not any(each["flagged"] for each in savings["depths"])
 
 
+def test_without_full_steps_their_time_is_predicted(clock: list[float]) -> None:
+    """Two of four layers are frozen from the start, and a third halfway."""
+    model = linear_net(4)
+    optimizer = SGD(model.parameters(), lr=0.1)
+    plan = Frozen(2, then=Schedule(times=(0.5, 1)))
+    freezer = FreezeOut(model, optimizer, 40, schedule=plan, example_inputs=torch.randn(2, 5))
+    for _ in range(40):
+        model(torch.randn(2, 5)).sum().backward()
+        optimizer.step()
+        clock[0] += (6.0, 5.5)[freezer.num_frozen - 2]
+        freezer.step()
+    savings = against(Prediction("counted", COSTS), freezer)
+    assert savings["full_steps"] == "predicted"
+    assert savings["predicted_share"] == pytest.approx((20 * 4 + 20 * 6) / 400)
+    # A full step by counted FLOPs, as the freezer has them.
+    saved = freezer.seconds_saved()
+    assert saved is not None
+    assert saved.is_predicted
+    assert savings["measured_share"] == saved.share > 0
+    two, three = savings["depths"]
+    assert (two["predicted_step_seconds"], three["predicted_step_seconds"]) == (6.0, 4.0)
+    # Of 6 seconds that should be saved of 10, 4.5 are.
+    assert not two["flagged"]
+    assert not three["flagged"]
+    measured = against(Prediction("measured", (9.0, 7.0, 5.0, 2.0)), freezer)
+    # Of 4 seconds to be saved of 9, 3 are: enough; and of 7, 3.5: too few.
+    assert [each["flagged"] for each in measured["depths"]] == [False, True]
+
+
+def test_times_go_on_where_a_checkpoint_left_them(clock: list[float]) -> None:
+    times, again = RunTimes(), RunTimes()
+
+    def make(times: RunTimes, steps: int) -> None:
+        for step in range(steps):
+            clock[0] += 2.0 + step % 3
+            times.served = step % 2 == 1
+            times.record(depth=step // 4)
+
+    make(times, 9)
+    again.load(json.loads(json.dumps(times.state())))
+    assert again.by_depth() == times.by_depth()
+    assert again.state() == times.state()
+    make(again, 200)
+    assert sum(steps for steps, _ in again.by_depth().values()) == 209
+    assert max(len(seconds) for *_, seconds in again.state()) <= 64
+
+
 def test_before_the_first_step_nothing_is_said() -> None:
     model = linear_net(4)
     x = torch.randn(2, 5)
@@ -103,7 +151,7 @@ def test_the_summary_says_what_was_predicted(clock: list[float]) -> None:
     freezer = trained(clock, COSTS)
     share = "36% of the steps' time"
     saved = f"froze 3 of 4 layers; 6 min saved ({share})"
-    memory = "; a step takes 360 B of gradients and 160 B of activations less"
+    memory = "; a step takes 360 B of gradients and 120 B of activations less"
     assert freezer.summary() == saved + memory
     assert freezer.summary(COSTS) == f"{saved}, predicted 36%{memory}"
     with pytest.raises(InvalidValue, match="3 step costs for 4 layers"):

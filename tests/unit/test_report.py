@@ -21,13 +21,16 @@ from matplotlib.text import Text
 from scipy import stats
 
 from freezeout.cli import main
-from freezeout.errors import DataError
+from freezeout.errors import CheckpointError, DataError
 from freezeout.lab.report import style, write_report
 from freezeout.lab.report.compare import Comparison, Group, difference, group_runs
 from freezeout.lab.report.figures import (
     draw_settings,
     error_against_epochs,
+    error_bars,
+    savings_pairs,
     schedule_curves,
+    shown_schedules,
     timeline,
 )
 from freezeout.lab.runs import find_run_folders, read_run
@@ -770,3 +773,54 @@ def test_a_report_loads_no_torch(tmp_path: Path) -> None:
 def test_a_data_error_is_what_a_library_user_gets(tmp_path: Path) -> None:
     with pytest.raises(DataError):
         write_report(tmp_path)
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_arms_with_layers_frozen_from_the_start(tmp_path: Path) -> None:
+    """Each arm has a name of its own; where the others only anneal, the schedule is no matter."""
+    write_run(tmp_path / "full", freezeout=False)
+    write_run(tmp_path / "plain")
+    write_run(tmp_path / "two", frozen="2", step_seconds=0.006)
+    write_run(tmp_path / "both", frozen="2", cache="auto", views=4)
+    for seed, how_scale in enumerate(("cubic", "linear")):
+        write_run(tmp_path / how_scale, frozen="3", t_0=1, how_scale=how_scale, seed=seed)
+    (group,) = groups(tmp_path)
+    assert [(arm.label, arm.strategy, len(arm.runs)) for arm in group.freezing] == [
+        ("cubic scaled 0.8", "cubic scaled", 1),
+        ("cubic scaled 0.8 frozen 2", "cubic scaled frozen 2", 1),
+        ("cubic scaled 0.8 frozen 2 cached 4 views", "cubic scaled frozen 2 cached 4 views", 1),
+        ("frozen 3", "frozen 3", 2),
+    ]
+    two = next(arm for arm in group.freezing if arm.strategy == "cubic scaled frozen 2")
+    assert two.time_saved == pytest.approx(0.4)
+    # From the beginning of the run on, two layers are frozen.
+    with draw_settings():
+        panels = timeline(group).axes[: len(group.strategies)]
+        bars = [tick.get_text() for tick in error_bars(group).axes[0].get_yticklabels()]
+    starts = [next(iter(panel.lines[0].get_ydata())) for panel in panels]  # type: ignore[arg-type]
+    assert starts == [0, 2, 2, 3]
+    assert "cubic scaled frozen 2, t₀ = 0.8" in bars
+    assert "frozen 3" in bars
+    # Figure 1 is of layers that freeze one after another.
+    assert list(shown_schedules([run for arm in group.freezing for run in arm.runs])) == [
+        "cubic scaled 0.8"
+    ]
+    page, left_out = write_report(tmp_path)
+    assert left_out == []
+    assert "cubic scaled 0.8 frozen 2 cached 4 views" in page.read_text()
+
+
+def test_savings_against_predicted_full_steps_are_not_drawn(tmp_path: Path) -> None:
+    write_run(tmp_path / "full", freezeout=False)
+    for name, how in (("old", {}), ("new", {"full_steps": "measured"})):
+        write_run(tmp_path / name, seed=len(how), savings=SAVINGS | how)
+    write_run(tmp_path / "two", frozen="2", savings=SAVINGS | {"full_steps": "predicted"})
+    (group,) = groups(tmp_path)
+    assert [arm.label for arm, _, _ in savings_pairs(group)] == ["cubic scaled 0.8"] * 2
+
+
+def test_a_folder_whose_frozen_layers_cannot_be_is_left_out(tmp_path: Path) -> None:
+    config = write_run(tmp_path / "run", frozen="2") / "config.json"
+    config.write_text(config.read_text().replace('"frozen": "2"', '"frozen": "0"'))
+    with pytest.raises(CheckpointError, match=r"not a run's configuration: frozen must be .*'0'"):
+        read_run(tmp_path / "run")

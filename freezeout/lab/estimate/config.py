@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ...errors import InvalidType, InvalidValue
+from ...plan import Plan
 from ...schedule import HowScale, Schedule
 from ...values import whole_number
 from ..config import PRECISIONS, check_number
+from ..frozen import frozen_plan
 
 _TIME = re.compile(r"(?=.)(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m)?(?:(\d+(?:\.\d+)?)s)?")
 _UNITS = (3600, 60, 1)  # seconds of an hour, a minute, a second
@@ -49,6 +51,9 @@ class EstimateConfig:
     """linear, squared or cubic: the power that freeze times are raised to."""
     scale_lr: bool = True
     """Start early layers at higher rates, so that every layer's rates have the same sum."""
+    frozen: str | None = None
+    """First layers frozen from the start: a number (5), all but the last ones (-1), a share (0.5),
+    or a module's name (layer1); the freeze times are those of the rest."""
     compare: bool = False
     """All strategies, t_0 from 0.3 to 0.9, in place of one."""
     target_saving: float | None = None
@@ -77,7 +82,7 @@ class EstimateConfig:
             raise InvalidValue(
                 f"precision must be one of {', '.join(PRECISIONS)}, got {self.precision!r}"
             )
-        _ = self.schedule
+        _ = self.plan
         if self.target_saving is not None:
             if isinstance(self.target_saving, bool) or not 0 < self.target_saving < 1:
                 raise InvalidValue(
@@ -100,9 +105,14 @@ class EstimateConfig:
 
     @property
     def schedule(self) -> Schedule:
-        """The schedule that the options describe."""
+        """Of the layers that are not frozen from the start."""
         how_scale: HowScale = self.how_scale  # type: ignore[assignment]  # Schedule checks it
         return Schedule(self.t_0, how_scale, self.scale_lr)
+
+    @property
+    def plan(self) -> Plan:
+        """What trains when, as the options describe it."""
+        return self.schedule if self.frozen is None else frozen_plan(self.frozen, self.schedule)
 
     @property
     def budget_seconds(self) -> float:

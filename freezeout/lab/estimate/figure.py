@@ -6,15 +6,13 @@ from typing import Any
 
 from ...atomic import write_atomically
 from ...errors import InvalidValue
-from ...schedule import Schedule, factor
 from .estimate import Estimate
-from .run import name_of
 
 _POINTS = 200
 
 
 def draw(estimate: Estimate, path: Path) -> None:
-    """Draw the estimate's first schedule into `path` (.png, .svg or .pdf).
+    """Draw the estimate's first run with freezing into `path` (.png, .svg or .pdf).
 
     Above, each layer's learning rate over the run. Below, the cost of each step: the forward pass
     of all layers, and of each layer what its backward pass costs until it is frozen; the hatched
@@ -26,17 +24,16 @@ def draw(estimate: Estimate, path: Path) -> None:
     except ImportError as error:
         raise InvalidValue("--plot needs: pip install 'freezeout[lab]' (matplotlib)") from error
     run = estimate.runs[1]
-    schedule = run.schedule or Schedule(t_0=1)
     with mpl.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
         figure = Figure(figsize=(7, 6.4), layout="constrained")
         rates, costs = figure.subplots(2, 1, sharex=True, height_ratios=(2, 3))
         colors = mpl.colormaps["viridis"]
         n = len(run.freeze_steps)
         shades = [colors(0.05 + 0.85 * i / max(1, n - 1)) for i in range(n)]
-        _rates(rates, estimate, schedule, shades)
+        _rates(rates, estimate, shades)
         _costs(costs, estimate, shades)
         figure.suptitle(
-            f"{estimate.model}, {name_of(schedule)}: "
+            f"{estimate.model}, {run.name}: "
             f"{run.saved:.1%} of the {'time' if run.seconds is not None else 'FLOPs'} saved"
         )
         drawn = io.BytesIO()
@@ -44,14 +41,17 @@ def draw(estimate: Estimate, path: Path) -> None:
     write_atomically(path, drawn.getvalue())
 
 
-def _rates(axes: Any, estimate: Estimate, schedule: Schedule, shades: list[Any]) -> None:
+def _rates(axes: Any, estimate: Estimate, shades: list[Any]) -> None:
     run = estimate.runs[1]
-    base = run.largest_rate / schedule.largest_factor(len(run.freeze_steps), run.total_steps)
-    for end, shade in zip(run.freeze_steps, shades, strict=True):
+    plan, timeline = run.plan, run.timeline
+    base = run.largest_rate / max(plan.factors(0, timeline))
+    for layer, (end, shade) in enumerate(zip(run.freeze_steps, shades, strict=True)):
+        if end == 0:  # frozen from the start: it has no rate
+            continue
         steps = [end * i // _POINTS for i in range(_POINTS + 1)]
         axes.plot(
             [step / run.total_steps for step in steps],
-            [base * factor(s, end, run.total_steps, schedule.scale_lr) for s in steps],
+            [base * plan.factors(step, timeline)[layer] for step in steps],
             color=shade,
             linewidth=1,
         )

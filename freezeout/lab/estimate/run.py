@@ -9,11 +9,11 @@ from ...cost import (
     paper_saving,
     run_cost,
     saving,
-    steps_at_depth,
     t_0_for_saving,
     with_cache,
 )
 from ...errors import InvalidValue
+from ...plan import Frozen, Plan, Timeline
 from ...schedule import STEEP, HowScale, Schedule
 from ...words import duration
 from .config import EstimateConfig
@@ -28,7 +28,8 @@ class Run:
     """What one whole run costs and saves. Shares are of the ordinary run's cost.
 
     Attributes:
-        schedule: None: the ordinary run. freeze_steps: of each layer; total_steps: never.
+        schedule: of the layers after the first `frozen` ones, which are frozen from the start;
+            None: the ordinary run. freeze_steps: of each layer; total_steps: never.
         saved: share of the seconds, or of the FLOPs where none were measured.
         largest_rate: the highest starting learning rate.
         peak_bytes: in the first step, halfway, and in the last. batch_growth: by what factor the
@@ -38,6 +39,7 @@ class Run:
 
     name: str
     schedule: Schedule | None
+    frozen: int
     epochs: int
     total_steps: int
     freeze_steps: tuple[int, ...]
@@ -50,6 +52,21 @@ class Run:
     batch_growth: float
     paper_saved: float | None
 
+    @property
+    def plan(self) -> Plan:
+        """What trains when."""
+        return plan_of(self.schedule, self.frozen)
+
+    @property
+    def timeline(self) -> Timeline:
+        """When how many layers are frozen."""
+        return self.plan.timeline(len(self.freeze_steps), self.total_steps)
+
+
+def plan_of(schedule: Schedule | None, frozen: int) -> Plan:
+    """The schedule, or none, for the layers after so many that are frozen from the start."""
+    return Frozen(frozen, then=schedule or Schedule(t_0=1))
+
 
 def runs_of(config: EstimateConfig, step: Step, remarks: list[str]) -> list[Run]:
     """The ordinary run and those that `config` asks for; remarks about them are added.
@@ -61,9 +78,8 @@ def runs_of(config: EstimateConfig, step: Step, remarks: list[str]) -> list[Run]
     schedule = config.schedule
     costs = step.costs
     if config.target_saving is not None:
-        schedule = replace(
-            schedule, t_0=t_0_for_saving(costs, config.target_saving, schedule, total_steps)
-        )
+        t_0 = t_0_for_saving(costs, config.target_saving, schedule, total_steps, frozen=step.frozen)
+        schedule = replace(schedule, t_0=t_0)
     schedules: list[Schedule | None] = [None, schedule]
     if config.compare:
         schedules[1:] = [
@@ -80,15 +96,15 @@ def runs_of(config: EstimateConfig, step: Step, remarks: list[str]) -> list[Run]
         epochs = config.epochs
         if config.time_budget is not None:
             of_kind = list(step.cached_seconds or ()) if cached else costs
-            epochs = _fitting(config, of_kind, each, steps_per_epoch)
+            epochs = _fitting(config, step, of_kind, each, steps_per_epoch)
         runs.append(_run(config, step, each, epochs, epochs * steps_per_epoch, cached))
     chosen = runs[1]
     steep = [run for run in runs if run.largest_rate > STEEP * config.lr]
     if steep and not config.compare:
         remarks.append(
-            f"the first layer starts at {chosen.largest_rate / config.lr:.3g} times the base "
-            "learning rate, because it freezes so early and rates are scaled; that many networks "
-            "do not bear: see --no-scale-lr"
+            f"the first layer to train starts at {chosen.largest_rate / config.lr:.3g} times the "
+            "base learning rate, because it freezes so early and rates are scaled; that many "
+            "networks do not bear: see --no-scale-lr"
         )
     elif steep:
         remarks.append(
@@ -96,6 +112,11 @@ def runs_of(config: EstimateConfig, step: Step, remarks: list[str]) -> list[Run]
             "not bear that"
         )
     best = max(runs[1:], key=lambda run: run.saved)
+    if config.target_saving is not None and chosen.schedule == replace(schedule, t_0=1):
+        remarks.append(
+            f"the {chosen.frozen} layers that are frozen from the start save {chosen.saved:.1%} by "
+            "themselves"
+        )
     if best.saved < LITTLE:
         remarks.append(
             f"this saves less than {LITTLE:.0%}: {_why_little(step, best)}; freezing hardly pays "
@@ -104,13 +125,22 @@ def runs_of(config: EstimateConfig, step: Step, remarks: list[str]) -> list[Run]
     return runs
 
 
+def _plan(step: Step, schedule: Schedule | None) -> Plan:
+    """Of the run with this schedule; None: of the ordinary one."""
+    return plan_of(schedule, step.given if schedule is None else step.frozen)
+
+
 def _fitting(
-    config: EstimateConfig, costs: list[float], schedule: Schedule | None, steps_per_epoch: int
+    config: EstimateConfig,
+    step: Step,
+    costs: list[float],
+    schedule: Schedule | None,
+    steps_per_epoch: int,
 ) -> int:
-    budget, times = config.budget_seconds, schedule or Schedule(t_0=1)
-    epochs = epochs_within(budget, costs, times, steps_per_epoch)
+    plan = _plan(step, schedule)
+    epochs = epochs_within(config.budget_seconds, costs, plan, steps_per_epoch)
     if epochs == 0:
-        least = run_cost(costs, times.freeze_steps(len(costs), steps_per_epoch), steps_per_epoch)
+        least = run_cost(costs, plan.timeline(len(costs), steps_per_epoch).counts())
         raise InvalidValue(
             f"not one epoch fits into {config.time_budget}: it takes {duration(least)}"
         )
@@ -126,30 +156,32 @@ def _run(
     cached: bool,
 ) -> Run:
     n = len(step.layers)
-    times = schedule or Schedule(t_0=1)
-    freeze_steps = times.freeze_steps(n, total_steps)
+    plan = _plan(step, schedule)
+    timeline = plan.timeline(n, total_steps)
+    counts = timeline.counts()
     flops = step.count.step_costs()
     if cached:
         flops = with_cache(flops, step.count.prefix_costs(), [0.0] * n)
-    flops_saved = saving(flops, freeze_steps, total_steps)
+    flops_saved = saving(flops, counts)
     # No result is read before a layer is frozen: a full step costs the same with a cache.
     own = step.cached_seconds if cached else step.seconds
-    depths = [sum(f <= at for f in freeze_steps) for at in (0, total_steps // 2, total_steps - 1)]
+    depths = [timeline.num_frozen(at) for at in (0, total_steps // 2, total_steps - 1)]
     peaks = [step.memory.steps[depth].peak for depth in depths]
     return Run(
-        name=name_of(schedule) + (", cached" if cached else ""),
+        name=_name(config, step, schedule) + (", cached" if cached else ""),
         schedule=schedule,
+        frozen=timeline.num_frozen(0),
         epochs=epochs,
         total_steps=total_steps,
-        freeze_steps=freeze_steps,
-        flops=run_cost(flops, freeze_steps, total_steps),
+        freeze_steps=tuple(total_steps if end is None else end for end in timeline.freeze_steps),
+        flops=run_cost(flops, counts),
         flops_saved=flops_saved,
-        seconds=None if own is None else run_cost(own, freeze_steps, total_steps),
-        saved=flops_saved if own is None else saving(own, freeze_steps, total_steps),
-        largest_rate=times.largest_factor(n, total_steps) * config.lr,
+        seconds=None if own is None else run_cost(own, counts),
+        saved=flops_saved if own is None else saving(own, counts),
+        largest_rate=max(plan.factors(0, timeline)) * config.lr,
         peak_bytes=(peaks[0], peaks[1], peaks[2]),
         batch_growth=step.memory.batch_growth(depths[2]),
-        paper_saved=None if cached else _paper_saved(config, schedule),
+        paper_saved=None if cached or timeline.num_frozen(0) else _paper_saved(config, schedule),
     )
 
 
@@ -170,13 +202,24 @@ def _why_little(step: Step, run: Run) -> str:
         return f"with all but the last layer frozen a step still costs {1 - most:.0%} of a full one"
     # Half of what can be spared lies behind this layer.
     half = next(k for k, cost in enumerate(costs) if costs[0] - cost >= most * costs[0] / 2)
-    counts = steps_at_depth(run.freeze_steps, run.total_steps)
     if half > 0.6 * n:
         return (
             f"the cost sits in the last layers (half of what can be spared is behind layer "
             f"{half} of {n}), and these freeze late"
         )
-    return f"{counts[0] / run.total_steps:.0%} of the run is over when the first layer freezes"
+    first = run.timeline.counts()[run.frozen] / run.total_steps
+    if first == 1:
+        return f"no more than the first {run.frozen} layers freeze, which cost little"
+    more = "another" if run.frozen else "the first"
+    return f"{first:.0%} of the run is over when {more} layer freezes"
+
+
+def _name(config: EstimateConfig, step: Step, schedule: Schedule | None) -> str:
+    """A run as a person says it."""
+    if schedule is None or config.frozen is None:
+        return name_of(schedule)
+    words = [] if schedule.t_0 == 1 else [name_of(schedule)]
+    return " ".join([*words, f"frozen {step.frozen}"])
 
 
 def name_of(schedule: Schedule | None) -> str:

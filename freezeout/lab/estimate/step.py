@@ -45,9 +45,16 @@ class LayerCost:
 
 @dataclass(frozen=True)
 class CountedStep:
-    """What is known of a training step without making one, at every depth k = 0 ... n - 1."""
+    """What is known of a training step without making one, at every depth k = 0 ... n - 1.
+
+    Attributes:
+        given, frozen: how many layers are frozen from the start in an ordinary run, because the
+            model comes so, and in the others.
+    """
 
     layers: tuple[LayerCost, ...]
+    given: int
+    frozen: int
     count: StepCount
     memory: Memory
     batch_size: int
@@ -147,7 +154,15 @@ def _counted(subject: Subject) -> CountedStep:
         LayerCost(layer.name, sum(p.numel() for p in layer.parameters), forward, backward)
         for layer, forward, backward in zip(subject.layers, count.forward, spared, strict=True)
     )
-    return CountedStep(layers, count, memory, subject.batch_size, subject.precision)
+    return CountedStep(
+        layers,
+        subject.given,
+        subject.frozen,
+        count,
+        memory,
+        subject.batch_size,
+        subject.precision,
+    )
 
 
 @contextmanager

@@ -19,9 +19,10 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from ...errors import InvalidValue
 from ...freezer import FreezeOut
 from ...layers.trace import call_arguments
-from ...schedule import Schedule
+from ...plan import Plan
 from ...words import first_line
 from ..device import choose_precision
+from ..frozen import check_named
 from ..models import build_model, model_layers
 from .config import EstimateConfig
 
@@ -33,6 +34,8 @@ class Subject:
 
     Attributes:
         model: in training mode. layers: that freeze. optimizer: over its parameters.
+        given: how many layers, the first ones, the model's maker has frozen. frozen: how many are
+            frozen from the start, these or by the option `frozen`.
         batch: the step's tensors, in any structure. batch_size: how many items it has.
         precision: "fp32" or "bf16".
     """
@@ -55,18 +58,20 @@ class Subject:
             self._labels = torch.zeros(self.batch_size, dtype=torch.int64)
             self.optimizer = self._make_optimizer(config)
         self.batch = [*tensors, self._labels]
-        freezer = self.freezer(total_steps=1)
-        freezer.release()
-        self.layers = freezer.layers
+        check_named(config.plan, self.model)
+        with self.freezer(1, config.plan) as freezer:
+            self.layers, self.frozen = freezer.layers, freezer.num_frozen
+        trains = (any(p.requires_grad for p in layer.parameters) for layer in self.layers)
+        self.given = list(trains).index(True)
 
-    def freezer(self, total_steps: int, schedule: Schedule | None = None) -> FreezeOut:
+    def freezer(self, total_steps: int, plan: Plan) -> FreezeOut:
         """FreezeOut over the model's own layers, or those that a forward pass finds."""
         layers = None if self._is_own else model_layers(self.model)
         return FreezeOut(
             self.model,
             self.optimizer,
             total_steps,
-            schedule=schedule,
+            schedule=plan,
             layers=layers,
             example_inputs=None if layers is not None else (self._args, self._kwargs),
         )

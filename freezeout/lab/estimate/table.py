@@ -40,13 +40,15 @@ def _layers(estimate: Estimate) -> Table:
     step, run = estimate.step, estimate.runs[1]
     total = step.count.step_costs()[0]
     for layer, end in zip(step.layers, run.freeze_steps, strict=True):
-        never = end >= run.total_steps
+        when = f"{end:,} steps, {end / run.total_steps:.0%}"
+        if end in (0, run.total_steps):
+            when = "never" if end else "frozen at the start"
         table.add_row(
             layer.name,
             f"{layer.parameters:,}",
             f"{layer.forward_flops / total:.1%}",
             f"{layer.backward_flops / total:.1%}",
-            "never" if never else f"{end:,} steps, {end / run.total_steps:.0%}",
+            when,
         )
     return table
 
@@ -106,7 +108,9 @@ def _freezing(run: Run) -> str:
     ends = [end for end in run.freeze_steps if end < run.total_steps]
     if not ends:
         return "none"
-    first, last = (f"{end / run.total_steps:.0%}" for end in (ends[0], ends[-1]))
+    first, last = (
+        f"{end / run.total_steps:.0%}" if end else "start" for end in (ends[0], ends[-1])
+    )
     return first if first == last else f"{first} to {last}"
 
 

@@ -51,7 +51,7 @@ class Arm:
     def label(self) -> str:
         """The arm in words, alone among its group's."""
         if self.freezes:
-            return f"{self.strategy} {self.t_0:.12g}"
+            return self.runs[0].label
         if self.steps == self.full_steps:
             return "ordinary, full length"
         return f"ordinary, {self.steps:,} steps"

@@ -1,5 +1,6 @@
 """The report's figures. Each function draws one and returns it; `style.save` writes it."""
 
+import re
 import textwrap
 from collections.abc import Sequence
 from statistics import mean
@@ -18,6 +19,7 @@ matplotlib.use("svg")  # no window
 
 _HALF, _FULL = 5.2, 10.7  # inches; of the page's two columns, so that type is of one size
 _LAYERS = 5  # in the figure of schedules, as in the paper's
+_T_0 = re.compile(r"^(\w+ (?:un)?scaled) ([0-9.e-]+)(.*)$")
 
 
 def schedule_curves(
@@ -25,7 +27,8 @@ def schedule_curves(
 ) -> list[list[float]]:
     """Figure 1's curves: layer i's learning rate, as a multiple of the base rate, at the steps
     0 ... `steps` of a run of that length; curves[i][s]."""
-    factors = [schedule.factors(s, layers, steps) for s in range(steps + 1)]
+    line = schedule.timeline(layers, steps)
+    factors = [schedule.factors(s, line) for s in range(steps + 1)]
     return [list(layer) for layer in zip(*factors, strict=True)]
 
 
@@ -204,7 +207,8 @@ def timeline(group: Group) -> Figure:
                 "label": f"t₀ = {arm.t_0:g}",
             }
             x, frozen = _of_epochs(arm, scale, "frozen_layers")
-            above.plot([0, *x], [0, *frozen], drawstyle="steps-post", **look)
+            start = arm.runs[0].frozen_from_start
+            above.plot([0, *x], [start, *frozen], drawstyle="steps-post", **look)
             x, seconds = _of_epochs(arm, scale, "step_seconds")
             below.plot(x, seconds, **look)
         above.set(title=_filled(strategy, figure, columns), xlim=(0, None))
@@ -251,12 +255,15 @@ def predicted_against_measured(group: Group) -> Figure | None:
 
 
 def savings_pairs(group: Group) -> list[tuple[Arm, float, float]]:
-    """Of every run that has both: its arm, the predicted and the measured saving in percent."""
+    """Of every run that has both: its arm, the predicted and the measured saving in percent. What
+    a full step takes must have been measured too, so not those frozen from the start."""
     return [
         (arm, 100 * run.savings["predicted_share"], 100 * run.savings["measured_share"])
         for arm in group.freezing
         for run in arm.runs
-        if run.savings is not None and run.savings.get("measured_share") is not None
+        if run.savings is not None
+        and run.savings.get("measured_share") is not None
+        and run.savings.get("full_steps") != "predicted"
     ]
 
 
@@ -316,9 +323,8 @@ def _point(hue: str, mark: str) -> dict[str, Any]:
 
 
 def _with_t_0(label: str) -> str:
-    """ "cubic scaled 0.8" as "cubic scaled, t₀ = 0.8"."""
-    words, _, last = label.rpartition(" ")
-    return f"{words}, t₀ = {last}" if last.replace(".", "").isdigit() else label
+    """ "cubic scaled 0.8 frozen 5" as "cubic scaled frozen 5, t₀ = 0.8"."""
+    return _T_0.sub(r"\1\3, t₀ = \2", label)
 
 
 def _error(group: Group) -> str:
@@ -361,11 +367,11 @@ def draw_settings() -> Any:
 
 
 def shown_schedules(runs: Sequence[Run]) -> dict[str, Schedule]:
-    """The schedules of Figure 1: those of the runs if they are six at most, else one a strategy,
-    with the middle one of its t_0."""
+    """The schedules of Figure 1, of layers that are not frozen from the start: those of the runs
+    if they are six at most, else one a strategy, with the middle one of its t_0."""
     found: dict[str, dict[float, Schedule]] = {}
     for run in runs:
-        if run.freezes:
+        if run.freezes and run.values["t_0"] < 1:
             name = " ".join(run.strategy.split()[:2])
             found.setdefault(name, {})[float(run.values["t_0"])] = run.schedule
     if sum(map(len, found.values())) > 6:
