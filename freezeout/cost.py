@@ -148,9 +148,9 @@ def epochs_of_equal_cost(
     def distance(candidate: int) -> float:
         return abs(run_cost(step_costs, counts(candidate)) - ordinary)
 
-    # The cost is all but proportional to the length, so the ratio is within an epoch of it.
-    guess = round(epochs / (1 - saving(step_costs, counts(epochs))))
-    return min(range(max(1, guess - 2), guess + 3), key=distance)
+    # All but proportional to the length; a coarse freeze_every makes it go up in leaps.
+    most = epochs_within(ordinary, step_costs, plan, steps_per_epoch, freeze_every)
+    return min(range(max(1, most - 2), most + 4), key=distance)
 
 
 # --- the paper's own estimate --------------------------------------------------------------

@@ -10,6 +10,7 @@ import math
 from bisect import bisect_right
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from functools import cached_property
 from itertools import pairwise
 from typing import Any, Protocol, runtime_checkable
@@ -48,9 +49,10 @@ class Timeline:
     changes: tuple[Change, ...] = ((0, 0),)
 
     def __post_init__(self) -> None:
-        whole_number("num_layers", self.num_layers)
-        if self.total_steps is not None:
-            whole_number("total_steps", self.total_steps)
+        total = self.total_steps
+        total = None if total is None else whole_number("total_steps", total)
+        object.__setattr__(self, "num_layers", whole_number("num_layers", self.num_layers))
+        object.__setattr__(self, "total_steps", total)
         try:
             changes = tuple(
                 (whole_number("step", step, 0), whole_number("frozen", k, 0))
@@ -349,7 +351,12 @@ class Frozen(Plan):
             if any(each == name or each.startswith(name + ".") for each in modules)
         ]
         if not found or not name:
-            raise InvalidValue(f"up_to={name!r} is no module of the model")
+            every = [each for modules in layers for each in modules]
+            near = get_close_matches(name, every, n=3)
+            hint = f"; is it {' or '.join(map(repr, near))}?" if near else ""
+            raise InvalidValue(
+                f"up_to={name!r} is no module of the model (a name from named_modules()){hint}"
+            )
         return found[-1]
 
 

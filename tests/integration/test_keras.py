@@ -569,7 +569,6 @@ class Short(Plan):
         (Frozen(up_to="neck"), "up_to='neck' is no module of the model"),
         (Short(), "gave 2 factors for 3 layers"),
     ],
-    ids=repr,
 )
 def test_plans_that_do_not_go_are_refused(plan: Plan, message: str) -> None:
     model = small_model()

@@ -155,7 +155,7 @@ def test_as_many_epochs_as_fit(
     assert cost(epochs + 1) > budget
 
 
-@pytest.mark.parametrize("every", [1, 7])
+@pytest.mark.parametrize("every", [1, 7, 40, 400])
 @pytest.mark.parametrize("plan", [Schedule(), Frozen(1), Frozen(share=0.4, then=Schedule(0.5))])
 def test_equal_cost_is_to_the_nearest_epoch(plan: Plan, every: int) -> None:
     costs = [10.0, 6.0, 2.0]
