@@ -223,22 +223,29 @@ class EngagedCheck:
 
 def _check_reducer(model: nn.Module) -> None:
     """FreezeOutError if the model runs within a DistributedDataParallel that was built before
-    layers were frozen: it would wait for gradients that never come."""
+    layers were frozen or thawed: it would wait for gradients that never come, or leave some out."""
     ddp = DistributedDataParallel._active_ddp_module
-    if ddp is None or ddp.find_unused_parameters or getattr(ddp, "logger", None) is None:
+    if ddp is None or getattr(ddp, "logger", None) is None:
         return
     awaited = int(ddp._get_ddp_logging_data()["num_parameter_tensors"])  # type: ignore[no-untyped-call]
     given = sum(
         p.requires_grad and name not in ddp.parameters_to_ignore
         for name, p in ddp.module.named_parameters()
     )
-    if given < awaited:
-        raise FreezeOutError(
-            f"DistributedDataParallel waits for gradients of {awaited} parameters, and only "
-            f"{given} are trained now: it was built before layers were frozen. Call "
-            "ddp = freezeout.parallel.rewrap(ddp) after FreezeOut(...), if it froze any, and "
-            "whenever step() returns layers; or wrap the model after FreezeOut(...)"
-        )
+    if given == awaited or (given < awaited and ddp.find_unused_parameters):
+        return
+    said = (
+        f"waits for gradients of {awaited} parameters, and only {given} are trained now: it was "
+        "built before layers were frozen"
+        if given < awaited
+        else f"averages the gradients of {awaited} parameters, but {given} are trained now: it was "
+        "built before layers were thawed"
+    )
+    raise FreezeOutError(
+        f"DistributedDataParallel {said}. Call ddp = freezeout.parallel.rewrap(ddp) after "
+        "FreezeOut(...), if it froze any, and whenever step() returns layers; or wrap the model "
+        "after FreezeOut(...)"
+    )
 
 
 def _compiled(model: nn.Module) -> Iterator[nn.Module]:

@@ -15,7 +15,7 @@ from .cost import check_one_a_layer, saving
 from .errors import CheckpointError, FreezeOutError, InvalidType, InvalidValue
 from .layers import ExampleInputs, Layer, OrderCheck, find_layers, given_layers
 from .layers.layer import merged
-from .layers.marks import take_off
+from .layers.marks import is_stopped, take_off
 from .optimizers import SplitOptimizer, check_optimizers
 from .plan import Frozen, Plan, Timeline, check_plan
 from .savings import BytesSaved, SecondsSaved, StepTimes, bytes_saved, seconds_saved
@@ -233,7 +233,8 @@ class FreezeOut:
         """
         if self._released:
             raise FreezeOutError(
-                "step() after release(): this FreezeOut no longer drives the model"
+                "step() after release(): this FreezeOut no longer drives the model (a later one "
+                "over the same parameters releases an earlier one)"
             )
         if self._watch is not None:
             self._watch_updates(self._watch)
@@ -307,9 +308,11 @@ class FreezeOut:
             )
             if changed:
                 planned = self._plan.timeline(len(self.layers), self.total_steps, self.freeze_every)
-                planned = planned.changed(step, theirs.num_frozen(step))
-                changes = [c for c in theirs.changes if c[0] < step]
-                changes += [c for c in planned.changes if c[0] >= step]
+                depth = max(theirs.num_frozen(step), planned.num_frozen(step))
+                planned = planned.changed(step, depth)
+                past = [change for change in theirs.changes if change[0] < step]
+                following = [change for change in planned.changes if change[0] > step]
+                changes = [*past, (step, depth), *following]
                 theirs = Timeline.of(len(self.layers), self.total_steps, changes)
         except (TypeError, ValueError) as error:
             raise CheckpointError(f"this is no FreezeOut state: {error}") from error
@@ -473,7 +476,7 @@ class FreezeOut:
         """Freeze the first layers and no others."""
         for i, layer in enumerate(self.layers):
             if i < num_frozen and not layer.is_frozen:
-                layer.freeze()
+                layer.freeze(self.model)
                 for optimizer in self._optimizers:
                     optimizer.drop_state(layer.parameters)
             elif i >= num_frozen and layer.is_frozen:
@@ -562,9 +565,10 @@ def thaw(model: nn.Module) -> bool:
         Whether anything was frozen.
     """
     found = False
-    modules = set(model.modules())
-    for freezer in list(_DRIVING):
-        if not modules.isdisjoint(freezer.model.modules()):
+    drivers = list(_DRIVING)
+    parameters = set(model.parameters()) if drivers else set()
+    for freezer in drivers:
+        if not parameters.isdisjoint(freezer.model.parameters()):
             found |= freezer.num_frozen > 0
             freezer.release()
     return take_off(model) or found
@@ -573,16 +577,15 @@ def thaw(model: nn.Module) -> bool:
 def _take_over(model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
     """Thaw a model that an earlier FreezeOut has left frozen, and say so. InvalidValue if the
     optimizers were built without what was frozen."""
-    still = {parameter for parameter in model.parameters() if not parameter.requires_grad}
-    if not thaw(model):
-        return
     held = _held(optimizers)
     for name, parameter in model.named_parameters():
-        if parameter in still and parameter.requires_grad and parameter not in held:
+        if is_stopped(parameter) and parameter not in held:
             raise InvalidValue(
-                f"the optimizer does not hold parameter {name!r}, which an earlier FreezeOut had "
-                "left frozen; it trains again now: build the optimizer once more"
+                f"the optimizer does not hold parameter {name!r}, which an earlier FreezeOut has "
+                "left frozen: call freezeout.thaw(model), then build the optimizer once more"
             )
+    if not thaw(model):
+        return
     warnings.warn(
         "an earlier FreezeOut had left the model frozen in part; all of it trains again now. Use "
         "`with FreezeOut(...) as freezer:`, or call release() when a run ends",
@@ -635,16 +638,17 @@ def _counted(
             "the optimizer holds none of the model's parameters that require gradients "
             "(build it from model.parameters())"
         )
-    given = 0
-    while not keep_awake and not any(p.requires_grad for p in found[given].parameters):
-        given += 1
-    counted = [merged(layer.name, [layer]) for layer in found[:given]]
-    waiting: list[Layer] = []
-    for layer, counts in zip(found[given:], trains[given:], strict=True):
+    counted: list[Layer] = []
+    waiting: list[Layer] = []  # what belongs to the next layer that counts
+    given, leading = 0, not keep_awake
+    for layer, counts in zip(found, trains, strict=True):
         waiting.append(layer)
-        if counts:
+        stopped = bool(layer.parameters) and not any(p.requires_grad for p in layer.parameters)
+        leading = leading and (stopped or not layer.parameters)
+        if counts or (leading and stopped):
             counted.append(merged(layer.name, waiting))
             waiting = []
+            given += leading and stopped
     if waiting:
         counted[-1] = merged(counted[-1].name, [counted[-1], *waiting])
     return counted, given

@@ -95,7 +95,7 @@ class Timeline:
         """
         whole_number("freeze_every", freeze_every)
         at: dict[int, int] = {0: 0}
-        for step, depth in changes:
+        for step, depth in sorted(changes, key=lambda change: change[0]):
             moved = -(-step // freeze_every) * freeze_every
             if total_steps is None or moved < total_steps:
                 at[moved] = depth
@@ -132,6 +132,20 @@ class Timeline:
             next((step for step, depth in self.changes if depth > layer), self.total_steps)
             for layer in range(self.num_layers)
         )
+
+    def ends(self, step: int) -> tuple[int | None, ...]:
+        """For each layer that trains in update number `step`, the step at which it is frozen next
+        (it may have been frozen before, and thawed): T, or None where T is not known, if it is not.
+        For each that is frozen then, 0."""
+        made: dict[int, tuple[int | None, ...]] = self.__dict__.setdefault("_ends", {})
+        at = bisect_right(self._steps, step)
+        if at not in made:
+            frozen, following = self.changes[at - 1][1], self.changes[at:]
+            made[at] = (0,) * frozen + tuple(
+                next((s for s, depth in following if depth > layer), self.total_steps)
+                for layer in range(frozen, self.num_layers)
+            )
+        return made[at]
 
     @cached_property
     def depths(self) -> tuple[int, ...]:

@@ -145,7 +145,7 @@ def bytes_saved(
     gradients = sum(p.numel() * p.element_size() for layer in frozen for p in layer.parameters)
     state, of = (sum(each) for each in zip(*states, strict=True))
     costs = [layer.cost for layer in frozen]
-    kept = [cost.saved_bytes for cost in costs if cost is not None]
+    kept = [c.saved_bytes for c in costs if c is not None and c.saved_bytes is not None]
     return BytesSaved(
         gradients,
         round(gradients * state / of) if of else None,

@@ -136,7 +136,7 @@ class Schedule(Plan):
 
         The time t_i in eq. 1, and in the scaling, is the whole-step one, f_i / total_steps.
         """
-        total, ends = timeline.total_steps, timeline.freeze_steps
+        total, ends = timeline.total_steps, timeline.ends(step)
         assert total is not None
         frozen = timeline.num_frozen(step)
         return (0.0,) * frozen + tuple(

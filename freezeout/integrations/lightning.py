@@ -253,7 +253,6 @@ class _FirstStep:
             trace, stack = Trace.recorder(), ExitStack()
             trace.rows = rows_of(batch)
             stack.enter_context(trace.listening(self._module, running=True))
-            stack.enter_context(trace.weighing(self._module, batch))
             self._recording = trace, stack
 
     def forward_ended(self) -> Trace | None:

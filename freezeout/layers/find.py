@@ -412,8 +412,10 @@ def _layers(
 def _cost(modules: Iterable[nn.Module], trace: Trace) -> LayerCost | None:
     if trace.flops is None or not trace.rows:
         return None
-    flops, saved = (sum(each.get(m, 0) for m in modules) for each in (trace.flops, trace.saved))
-    return LayerCost(flops / trace.rows, saved / trace.rows)
+    modules, saved = list(modules), None
+    if trace.saved is not None:
+        saved = sum(trace.saved.get(module, 0) for module in modules) / trace.rows
+    return LayerCost(sum(trace.flops.get(m, 0) for m in modules) / trace.rows, saved)
 
 
 def _used_last_by(module: nn.Module, trace: Trace) -> list[nn.Parameter]:

@@ -1,7 +1,7 @@
 """`Layer`: modules and parameters that freeze together, and what freezing does to them."""
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -13,10 +13,11 @@ from .marks import Mark, mark_of, stopped, trained_again
 
 
 class LayerCost(NamedTuple):
-    """FLOPs of a layer's forward pass, and bytes that autograd keeps of it, for one item."""
+    """FLOPs of a layer's forward pass, and bytes that autograd keeps of it, for one item; None:
+    these are not known."""
 
     flops: float
-    saved_bytes: float
+    saved_bytes: float | None
 
 
 class Layer:
@@ -55,8 +56,11 @@ class Layer:
         count = sum(p.numel() for p in self.parameters)
         return f"Layer({self.name!r}, {len(self.modules)} modules, {count:,} parameters)"
 
-    def freeze(self) -> None:
+    def freeze(self, within: nn.Module | None = None) -> None:
         """Take the layer out of training; nothing happens if it is out already.
+
+        `within`: the model, whose mode its modules follow when they thaw, but for those that were
+        put in evaluation mode while it trained. Without it, the mode that each was last asked for.
 
         Its parameters require no gradient and lose the one they hold; its modules are in
         evaluation mode *for good*: `train()` on them or on a parent does not wake them. What comes
@@ -69,7 +73,7 @@ class Layer:
         for parameter in self.parameters:
             stopped(parameter)
         for module in self.modules:
-            Mark(module, self).put_on()
+            Mark(module, self, within).put_on()
         for module in self.boundary:
             self._handles += [
                 module.register_forward_pre_hook(_detach_inputs, with_kwargs=True),
@@ -91,6 +95,13 @@ class Layer:
         for module in self.modules:
             if (mark := mark_of(module)) is not None:
                 mark.take_off()
+        modes = {module: module.training for module in self.modules}
+        for module in self.modules:
+            if type(module).train is not nn.Module.train:  # it may keep some of its parts asleep
+                type(module).train(module, module.training)
+        for module, training in modes.items():
+            if not training:
+                module.training = False
         self._handles, self.is_frozen = [], False
 
     def hold(self) -> list[nn.Parameter]:
@@ -113,9 +124,14 @@ def merged(name: str, layers: Iterable[Layer]) -> Layer:
         (module for layer in layers for module in layer.modules),
         (parameter for layer in layers for parameter in layer.parameters),
         (module for layer in layers for module in layer.boundary),
-        LayerCost(*map(sum, zip(*known, strict=True)))
-        if known and len(known) == len(costs)
-        else None,
+        _sum(known) if len(known) == len(costs) else None,
+    )
+
+
+def _sum(costs: Sequence[LayerCost]) -> LayerCost:
+    saved = [cost.saved_bytes for cost in costs if cost.saved_bytes is not None]
+    return LayerCost(
+        sum(cost.flops for cost in costs), sum(saved) if len(saved) == len(costs) else None
     )
 
 

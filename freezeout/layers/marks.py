@@ -28,13 +28,30 @@ _COPYING = "__reduce_ex__"  # what both copy.deepcopy and pickle ask an object i
 
 class Mark:
     """On a frozen module: it stays in evaluation mode, whatever `train()` is called for, and
-    remembers the mode that it was meant to have."""
+    remembers the mode that it was meant to have.
 
-    def __init__(self, module: nn.Module, layer: "Layer") -> None:
-        self.module, self.layer = module, layer
-        self.meant = module.training
+    That is the mode of the model that it is part of (`within`), however this comes to have it:
+    `train()`, or a framework that saves modes and sets them again. But a module that was itself put
+    in another mode than the model stays in that.
+    """
+
+    def __init__(self, module: nn.Module, layer: "Layer", within: nn.Module | None) -> None:
+        self.module, self.layer, self._within = module, layer, within
+        self._note(module.training)
         # The user's own attributes of the instance that the mark's stand in the place of.
         self._own: dict[str, Any] = {}
+
+    @property
+    def meant(self) -> bool:
+        """The mode that the module would have."""
+        if self._within is None or self._is_apart:
+            return self._asked
+        return self._within.training
+
+    def _note(self, mode: bool) -> None:
+        self._asked = mode
+        # train() sets a parent's mode before its parts'.
+        self._is_apart = self._within is not None and self._within.training != mode
 
     def put_on(self) -> None:
         """Put the module into evaluation mode for good."""
@@ -53,7 +70,7 @@ class Mark:
                 self.module.__dict__[name] = without[name]
         self.module.training = self.meant
         if not any(map(_is_ours, _hooks(self.module))):
-            self.module.__dict__.pop(_COPYING, None)
+            copied_as_ever(self.module)
 
     def removed(self, state: dict[str, Any]) -> dict[str, Any]:
         """A module's attributes as they would be without the mark."""
@@ -62,7 +79,7 @@ class Mark:
 
     def train(self, mode: bool = True) -> nn.Module:
         """Stands in for the module's: children that are not frozen still follow."""
-        self.meant = bool(mode)
+        self._note(bool(mode))
         self.module.training = False
         for child in self.module.children():
             child.train(mode)
@@ -92,16 +109,25 @@ def mark_of(module: nn.Module) -> Mark | None:
 def copied_plainly(module: nn.Module) -> None:
     """From now on, copies and pickles of the module come without marks and hooks."""
     vars(module)[_COPYING] = partial(_reduced, module)
+    if hasattr(type(module), "__deepcopy__"):  # it is asked first, as of parametrized modules
+        vars(module)["__deepcopy__"] = partial(_deep_copied, module)
+
+
+def copied_as_ever(module: nn.Module) -> None:
+    """Undo `copied_plainly`."""
+    if vars(module).pop(_COPYING, None) is not None and _copies_deeply(module):
+        vars(module).pop("__deepcopy__")
 
 
 def take_off(model: nn.Module) -> bool:
     """Take everything of ours off the model's modules and parameters; whether anything was
     frozen. Layers that they were frozen with are thawed as a whole."""
-    layers = {mark.layer for module in model.modules() if (mark := mark_of(module))}
+    modules = list(model.modules())
+    layers = {mark.layer for module in modules if (mark := mark_of(module))}
     for layer in layers:
         layer.unfreeze()
     found = bool(layers)
-    for module in model.modules():
+    for module in modules:
         if (mark := mark_of(module)) is not None:  # a copy's, made past `__reduce_ex__`
             mark.module = module
             mark.take_off()
@@ -109,14 +135,20 @@ def take_off(model: nn.Module) -> bool:
         for name, value in _without_hooks(vars(module)).items():
             getattr(module, name).clear()
             getattr(module, name).update(value)
-        vars(module).pop(_COPYING, None)
-    for parameter in model.parameters():
-        found |= _COPYING in vars(parameter)
-        trained_again(parameter)
+        copied_as_ever(module)
+        for parameter in module._parameters.values():
+            if parameter is not None and _COPYING in vars(parameter):
+                found = True
+                trained_again(parameter)
     return found
 
 
 # --- parameters -----------------------------------------------------------------------------
+
+
+def is_stopped(parameter: nn.Parameter) -> bool:
+    """Whether a freeze has ended its training."""
+    return _COPYING in vars(parameter)
 
 
 def stopped(parameter: nn.Parameter) -> None:
@@ -159,11 +191,37 @@ def _reduced(module: nn.Module, protocol: Any) -> Any:
     reduced = type(module).__reduce_ex__(module, protocol)
     if not isinstance(reduced, tuple) or len(reduced) < 3 or not isinstance(reduced[2], dict):
         return reduced
-    state = {name: value for name, value in reduced[2].items() if name != _COPYING}
+    return (*reduced[:2], _plain(module, reduced[2]), *reduced[3:])
+
+
+def _deep_copied(module: nn.Module, memo: dict[int, Any]) -> Any:
+    """Stands in for the module's `__deepcopy__`, if its class has one: our things are away while
+    it runs."""
+    own = vars(module)
+    before = dict(own)
+    plain = _plain(module, own)
+    own.clear()
+    own.update(plain)
+    try:
+        kind: Any = type(module)
+        return kind.__deepcopy__(module, memo)
+    finally:
+        own.clear()
+        own.update(before)
+
+
+def _plain(module: nn.Module, state: dict[str, Any]) -> dict[str, Any]:
+    """The module's attributes without what we have put there."""
+    ours = {_COPYING, "__deepcopy__"} if _copies_deeply(module) else {_COPYING}
+    state = {name: value for name, value in state.items() if name not in ours}
     mark = mark_of(module)
     if mark is not None:
         state = mark.removed(state)
-    return (*reduced[:2], {**state, **_without_hooks(state)}, *reduced[3:])
+    return {**state, **_without_hooks(state)}
+
+
+def _copies_deeply(module: nn.Module) -> bool:
+    return getattr(vars(module).get("__deepcopy__"), "func", None) is _deep_copied
 
 
 def _without_hooks(state: dict[str, Any]) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -39,8 +39,7 @@ class Trace:
         starts: every (time, module) at which a module started to run.
         flow: which modules fed which; None if no forward pass was seen.
         flops, saved: of each module that was the innermost one running, the FLOPs of its forward
-            pass and the bytes that autograd kept of it; None if no forward pass was seen, or they
-            could not be counted.
+            pass and the bytes that autograd kept of it; None if these were not counted.
         rows: items in the batch that was seen, 0 if it is not known.
     """
 
@@ -50,7 +49,7 @@ class Trace:
         self.starts: list[tuple[int, nn.Module]] = []
         self.flow = flow
         self.flops: dict[nn.Module, int] | None = None if flow is None else {}
-        self.saved: dict[nn.Module, int] = {}
+        self.saved: dict[nn.Module, int] | None = None
         self.rows = 0
         self._time = 0
         self._running: list[nn.Module] = []
@@ -73,18 +72,28 @@ class Trace:
     def of_forward(cls, model: nn.Module, example_inputs: ExampleInputs) -> "Trace":
         """Record `model` on `example_inputs`, in evaluation mode, leaving no mark on it: modes,
         buffers, random state and gradients are as before."""
-        trace = cls.recorder()
         args, kwargs = call_arguments(example_inputs)
-        trace.rows = rows_of(args, kwargs)
-        with _undisturbed(model), trace.listening(model), trace.weighing(model, example_inputs):
-            try:
+
+        def recorded(weigh: bool) -> Trace:
+            trace = cls.recorder()
+            trace.rows = rows_of(args, kwargs)
+            weighing = trace.weighing(model, example_inputs) if weigh else nullcontext()
+            with _undisturbed(model), trace.listening(model), weighing:
                 model(*args, **kwargs)
-            except Exception as error:
-                raise InvalidValue(
-                    "the forward pass on example_inputs failed with "
-                    f"{type(error).__name__}: {first_line(error)}"
-                ) from error
-        return trace
+            return trace
+
+        try:
+            try:
+                return recorded(weigh=True)
+            except RuntimeError as error:
+                if "saved tensor hooks" not in str(error):  # which torch.func does not take
+                    raise
+                return recorded(weigh=False)
+        except Exception as error:
+            raise InvalidValue(
+                "the forward pass on example_inputs failed with "
+                f"{type(error).__name__}: {first_line(error)}"
+            ) from error
 
     @classmethod
     def of_definition(cls, model: nn.Module) -> "Trace":
@@ -117,8 +126,13 @@ class Trace:
         if formula is None or self.flops is None or not self._running:
             return
         module = self._running[-1]
+        plain = getattr(formula, "__wrapped__", None)
         try:
-            flops = formula(*args, **kwargs, out_val=given)
+            if plain is None or kwargs or not isinstance(given, torch.Tensor):
+                flops = formula(*args, **kwargs, out_val=given)
+            else:  # what torch's wrapper does, which takes structures apart, and its time
+                shapes = (x.shape if isinstance(x, torch.Tensor) else x for x in args)
+                flops = plain(*shapes, out_shape=given.shape)
         except Exception:  # a formula that does not know these arguments
             self.flops = None
         else:
@@ -128,6 +142,8 @@ class Trace:
     def weighing(self, model: nn.Module, inputs: Any) -> Iterator[None]:
         """Record what autograd keeps of each module inside the `with` block, beside parameters,
         buffers and what the model is given."""
+        saved: dict[nn.Module, int] = {}
+        self.saved = saved
         there = (*model.parameters(), *model.buffers(), *tree_leaves(inputs))
         fixed = {memory for each in there for memory in memory_of(each)}
 
@@ -137,7 +153,7 @@ class Trace:
                 fixed.add(mine[0])  # of tensors that share memory, the first
                 module = self._running[-1]
                 size = min(tensor.nbytes, tensor.untyped_storage().nbytes())
-                self.saved[module] = self.saved.get(module, 0) + size
+                saved[module] = saved.get(module, 0) + size
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):

@@ -8,6 +8,7 @@ import sys
 import traceback
 import weakref
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any, cast
 
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel as DDP
 
-from freezeout import FreezeOut, Frozen, Schedule
+from freezeout import FreezeOut, Frozen, Plan, Schedule, Timeline
 from freezeout.errors import FreezeOutError, InvalidType, InvalidValue
 from freezeout.parallel import check_ranks_agree, rewrap
 
@@ -232,6 +233,38 @@ def test_ddp_that_was_built_before_layers_were_frozen_is_told_of_at_once(two: Pr
         assert "freezeout.parallel.rewrap(ddp)" in said
         assert found == [False] * 8 + [True] * 8
         assert rest
+
+
+@dataclass(frozen=True)
+class Thawing(Plan):
+    def timeline(self, num_layers: int, total_steps: int | None, freeze_every: int = 1) -> Timeline:
+        return Timeline.of(num_layers, total_steps, [(0, 2), (3, 0)], freeze_every)
+
+
+def thawed(rank: int, rewrapped: bool, options: dict[str, Any]) -> Any:
+    model = plain()
+    optimizer, freezer = freezing(model, schedule=Thawing())
+    net: Any = DDP(model, **options)
+    for step in range(6):
+        try:
+            loss_of(net, step, rank, 2).backward()  # type: ignore[no-untyped-call]
+        except FreezeOutError as error:
+            return f"{step}: {error}"
+        optimizer.step()
+        optimizer.zero_grad()
+        if freezer.step() and rewrapped:
+            net = rewrap(net)
+    return [p.detach().clone() for p in model.parameters()]
+
+
+@pytest.mark.parametrize("options", [{}, {"find_unused_parameters": True}], ids=str)
+def test_layers_that_thaw_are_averaged_or_it_is_said(
+    two: Processes, options: dict[str, Any]
+) -> None:
+    one, other = two.run(thawed, True, options)
+    assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+    for said in two.run(thawed, False, options):
+        assert said.startswith("3: DistributedDataParallel averages the gradients of 8 parameters")
 
 
 def test_gradients_of_four_ranks_are_those_of_one_process(four: Processes) -> None:

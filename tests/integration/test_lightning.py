@@ -175,6 +175,15 @@ def test_frozen_from_the_start(plan: Plan | None, inputs: bool) -> None:
     assert all(p.requires_grad for p in module.parameters()) is (plan is not None)
 
 
+def test_modes_after_validation_and_the_end() -> None:
+    """Lightning saves modes around validation, and sets them again past `train()`."""
+    module = Classifier()
+    module.train()
+    run = trainer(FreezeOutCallback(Frozen(2)))
+    run.fit(module, loader(), loader(2))
+    assert all(part.training for part in module.net)
+
+
 def test_frozen_from_the_start_with_layers_that_are_given() -> None:
     module = Classifier()
     before = {name: value.clone() for name, value in module.state_dict().items()}

@@ -332,6 +332,89 @@ def test_resuming_with_a_plan_of_ones_own() -> None:
         third.load_state_dict(freezer.state_dict())
 
 
+def test_going_on_with_another_plan_keeps_what_either_has_frozen() -> None:
+    torch.manual_seed(0)
+    model = linear_net()
+    optimizer = SGD(model.parameters(), 0.1)
+    cosine = FreezeOut(
+        model, optimizer, 100, schedule=Schedule(t_0=1), example_inputs=vectors(0)[0]
+    )
+    run(model, [optimizer], cosine, vectors, range(50))
+    state = cosine.state_dict()
+    cosine.release()
+    for plan, depth, changes in (
+        (Frozen(2), 2, ((0, 0), (50, 2))),
+        (Frozen(2, then=Schedule(times=(0.7, 1))), 2, ((0, 0), (50, 2), (70, 3))),
+        (Schedule(times=(0.2, 0.45, 0.7, 1)), 2, ((0, 0), (50, 2), (70, 3))),
+    ):
+        freezer = FreezeOut(model, optimizer, 100, schedule=plan, example_inputs=vectors(0)[0])
+        freezer.load_state_dict(state, allow_schedule_change=True)
+        assert (freezer.num_frozen, freezer.timeline.changes) == (depth, changes)
+        assert freezer.learning_rates[:2] == (0, 0)
+        freezer.release()
+
+
+def test_a_layer_that_has_thawed_is_annealed_to_its_next_freeze() -> None:
+    thawed = FreezeOut(
+        model := linear_net(),
+        SGD(model.parameters(), 0.1),
+        20,
+        schedule=Changes(((2, 2), (4, 0))),
+        example_inputs=vectors(0)[0],
+    )
+    for _ in range(6):
+        thawed.step()
+    state = thawed.state_dict()
+    plan = Schedule(times=(0.5, 0.6, 0.8, 1))
+    other = FreezeOut(
+        again := linear_net(), SGD(again.parameters(), 0.1), 20, schedule=plan, layers=list(again)
+    )
+    other.load_state_dict(state, allow_schedule_change=True)
+    assert other.timeline.changes == ((0, 0), (2, 2), (4, 0), (10, 1), (12, 2), (16, 3))
+    expected = plan.factors(6, plan.timeline(4, 20))
+    assert other.learning_rates == tuple(0.1 * each for each in expected)
+    assert min(expected) > 0
+
+
+def test_layers_without_parameters_are_nobodys_frozen_layers() -> None:
+    model = nn.Sequential(nn.Dropout(0.5), *linear_net(3))
+    freezer = FreezeOut(
+        model, SGD(model.parameters(), 0.1), None, schedule=Frozen(1), layers=list(model)
+    )
+    assert [layer.name for layer in freezer.layers] == ["1", "3", "5"]
+    assert (freezer.num_frozen, model[1].weight.requires_grad) == (1, False)
+    freezer.release()
+    model[1].requires_grad_(False)
+    with pytest.warns(UserWarning, match="1 layers in which nothing trains"):
+        freezer = FreezeOut(
+            model, SGD(model.parameters(), 0.1), None, schedule=Frozen(0), layers=list(model)
+        )
+    assert [layer.name for layer in freezer.layers] == ["1", "3", "5"]
+    assert freezer.num_frozen == 1
+
+
+class Scores(nn.Module):
+    """Its output is a gradient of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(5, 5), nn.Linear(5, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.func.grad(lambda y: self.b(torch.tanh(self.a(y))).sum())(x)  # type: ignore[no-any-return]
+
+
+def test_models_that_take_gradients_of_their_own_are_taken() -> None:
+    """torch.func takes no hooks on saved tensors; what these would count is then not known."""
+    model, x = Scores(), vectors(0)[0]
+    freezer = FreezeOut(model, SGD(model.parameters(), 0.1), 10, example_inputs=x)
+    assert len(freezer.layers) == 2
+    freezer = FreezeOut(
+        model, SGD(model.parameters(), 0.1), 10, schedule=Frozen(1), example_inputs=x
+    )
+    assert freezer.bytes_saved().activations is None
+
+
 class Broken(Plan):
     def timeline(self, num_layers: int, total_steps: int | None, freeze_every: int = 1) -> Timeline:
         return Timeline(num_layers + 1, total_steps)

@@ -18,7 +18,7 @@ from torch.optim import SGD, AdamW
 
 from freezeout import FreezeOut, Frozen, Layer, PrefixCache, Schedule, find_layers, thaw
 from freezeout.cost import saving
-from freezeout.errors import CheckpointError, InvalidValue
+from freezeout.errors import CheckpointError, FreezeOutError, InvalidValue
 from tests.models import conv_net, images, linear_net, loss_of, run, vectors
 
 STEPS = 20
@@ -121,10 +121,31 @@ def test_an_optimizer_that_was_built_of_what_still_trained_is_refused() -> None:
     """The head alone would be trained."""
     model, _ = begun(13)
     few = SGD([p for p in model.parameters() if p.requires_grad], 0.1)
-    with pytest.raises(InvalidValue, match=r"does not hold parameter '0\.weight', which an earlie"):
-        FreezeOut(model, few, STEPS, example_inputs=images(0)[0])
+    for _ in range(2):  # as a cell of a notebook that is run again
+        with pytest.raises(
+            InvalidValue, match=r"does not hold parameter '0\.weight', which an ear"
+        ):
+            FreezeOut(model, few, STEPS, example_inputs=images(0)[0])
+    assert thaw(model)
     assert is_ordinary(model)
     FreezeOut(model, SGD(model.parameters(), 0.1), STEPS, example_inputs=images(0)[0])
+
+
+def test_models_that_share_a_module_without_parameters_have_a_driver_each() -> None:
+    act = nn.ReLU()
+    models = [nn.Sequential(nn.Linear(5, 5), act, nn.Linear(5, 3)) for _ in range(2)]
+    drivers = [
+        FreezeOut(model, SGD(model.parameters(), 0.1), 4, example_inputs=vectors(0)[0])
+        for model in models
+    ]
+    for driver in drivers:
+        driver.step()
+    head = nn.Linear(5, 2)
+    other = nn.Sequential(models[0][0], head)
+    FreezeOut(other, SGD(other.parameters(), 0.1), 4, example_inputs=vectors(0)[0])
+    with pytest.raises(FreezeOutError, match="a later one over the same parameters"):
+        drivers[0].step()
+    drivers[1].step()
 
 
 # --- copies and files -----------------------------------------------------------------------
@@ -191,6 +212,29 @@ def test_tied_weights_and_the_users_hooks_are_copied() -> None:
     assert torch.equal(other(vectors(0)[0]), model(vectors(0)[0]))
 
 
+@pytest.mark.parametrize("through", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_copies_of_modules_that_copy_themselves(through: Any) -> None:
+    """Parametrized modules have a `__deepcopy__` of their own (and no pickles)."""
+    first = torch.nn.utils.parametrizations.weight_norm(nn.Linear(5, 5))
+    if through is not copy.deepcopy:
+        first = torch.nn.LSTM(5, 5)
+    model = nn.Sequential(first, nn.Linear(5, 5), nn.Linear(5, 3))
+    freezer = FreezeOut(
+        model, SGD(model.parameters(), 0.1), None, schedule=Frozen(1), layers=list(model)
+    )
+    other = through(model)
+    assert is_ordinary(other)
+    assert not is_ordinary(model)
+    assert freezer.layers[0].is_frozen
+    if through is copy.deepcopy:
+        torch.autograd.backward(other(vectors(0)[0]).sum())
+        assert all(p.grad is not None for p in other.parameters())
+        x = vectors(0)[0].requires_grad_()
+        assert not model[0](x).requires_grad
+    freezer.release()
+    assert is_ordinary(model)
+
+
 # --- modes ----------------------------------------------------------------------------------
 
 
@@ -234,6 +278,49 @@ def test_a_users_own_train_comes_back() -> None:
     assert model[1].train is train
     model.train()
     assert calls == [True]
+
+
+def test_modes_that_a_framework_saves_and_sets_again() -> None:
+    """As Lightning does around each validation: by attribute, past `train()`."""
+    model = conv_net().train()
+    model[5].eval()  # the user's
+    freezer = FreezeOut(
+        model, SGD(model.parameters(), 0.1), None, schedule=Frozen(2), example_inputs=images(0)[0]
+    )
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    for module, training in modes.items():
+        module.training = training
+    model[5].eval()
+    freezer.release()
+    assert [m.training for m in model] == [i != 5 for i in range(len(model))]
+
+
+class KeepsNormsAsleep(nn.Module):
+    """As backbones of detectors do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.norm = nn.Linear(5, 5), nn.BatchNorm1d(5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.linear(x))  # type: ignore[no-any-return]
+
+    def train(self, mode: bool = True) -> "KeepsNormsAsleep":
+        super().train(mode)
+        self.norm.eval()
+        return self
+
+
+def test_norms_that_a_modules_own_train_keeps_asleep_do_not_wake() -> None:
+    model = nn.Sequential(KeepsNormsAsleep(), nn.Linear(5, 5), nn.Linear(5, 3)).train()
+    freezer = FreezeOut(
+        model, SGD(model.parameters(), 0.1), None, schedule=Frozen(1), example_inputs=vectors(0)[0]
+    )
+    model.train()
+    freezer.release()
+    modes = {name: module.training for name, module in model[0].named_modules()}
+    assert modes == {"": True, "linear": True, "norm": False}
 
 
 # --- states ---------------------------------------------------------------------------------
