@@ -154,7 +154,8 @@ class Trace:
                 module = self._running[-1]
                 size = min(tensor.nbytes, tensor.untyped_storage().nbytes())
                 saved[module] = saved.get(module, 0) + size
-            return tensor
+            # Its own node would keep a result that is handed back as it is, and never be freed.
+            return tensor.detach()
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             yield

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import weakref
 from itertools import pairwise
 from typing import Any
 
@@ -526,3 +527,13 @@ def test_names_and_sizes_are_shown() -> None:
     assert all(isinstance(layer.parameters, tuple) for layer in layers)
     assert all(isinstance(layer.modules, tuple) for layer in layers)
     assert all(a is not b for a, b in pairwise(layers))
+
+
+def test_nothing_of_the_pass_that_finds_layers_stays_in_memory() -> None:
+    """Of a sigmoid, autograd keeps the result, whose node keeps what is kept."""
+    model = nn.Sequential(nn.Linear(5, 5), nn.Sigmoid(), nn.Linear(5, 3))
+    results: list[Any] = []
+    model[1].register_forward_hook(lambda module, args, out: results.append(weakref.ref(out)))
+    find_layers(model, torch.randn(2, 5))
+    assert len(results) == 1
+    assert results[0]() is None
