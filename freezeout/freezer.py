@@ -1,7 +1,7 @@
 """`FreezeOut`: a plan of what trains when, applied to a model's layers and to its optimizers."""
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from operator import attrgetter
 from types import TracebackType
 from typing import Any, Self
@@ -107,9 +107,13 @@ class FreezeOut:
             found = find_layers(model, example_inputs)
         else:
             found = ready or given_layers(model, layers, example_inputs)
-        self.layers, given = _counted(found, optimizers, keep_awake)
-        self._plan, self.timeline = _bound(
-            self.schedule, model, self.layers, given, self.total_steps, self.freeze_every
+        self.layers, given, self._plan, self.timeline = _planned(
+            found,
+            optimizers,
+            keep_awake,
+            lambda layers, given: _bound(
+                self.schedule, model, layers, given, self.total_steps, self.freeze_every
+            ),
         )
         self._step = 0
         self._released = False
@@ -550,9 +554,13 @@ def frozen_from_start(
             if layers is None
             else given_layers(model, layers, example_inputs)
         )
-    counted, given = _counted(found, optimizers, keep_awake)
     plan = Schedule() if schedule is None else schedule
-    _, timeline = _bound(plan, model, counted, given, total_steps, freeze_every)
+    counted, _, _, timeline = _planned(
+        found,
+        optimizers,
+        keep_awake,
+        lambda layers, given: _bound(plan, model, layers, given, total_steps, freeze_every),
+    )
     return counted[: timeline.num_frozen(0)]
 
 
@@ -626,11 +634,39 @@ def _held(optimizers: Sequence[Optimizer]) -> set[nn.Parameter]:
     return {p for each in optimizers for group in each.param_groups for p in group["params"]}
 
 
+def _planned(
+    found: list[Layer],
+    optimizers: Sequence[Optimizer],
+    keep_awake: bool,
+    bound: Callable[[list[Layer], int], tuple[Plan, Timeline]],
+) -> tuple[list[Layer], int, Plan, Timeline]:
+    """The layers that count, how many of them the user froze, and the plan for them.
+
+    Leading layers that require gradients, but which no optimizer holds, are layers of their own if
+    the plan freezes all of them from the start: an optimizer of what trains may well leave them
+    out. Otherwise something else may train them, and they are joined to the next layer."""
+    layers, given, idle = _counted(found, optimizers, keep_awake, apart=True)
+    refusal: InvalidValue | None = None
+    if idle > given:
+        try:
+            plan, timeline = bound(layers, given)
+            if timeline.num_frozen(0) >= idle:
+                return layers, given, plan, timeline
+        except InvalidValue as error:
+            refusal = error
+        layers, given, _ = _counted(found, optimizers, keep_awake, apart=False)
+    try:
+        return layers, given, *bound(layers, given)
+    except InvalidValue as error:
+        raise refusal or error from None
+
+
 def _counted(
-    found: list[Layer], optimizers: Sequence[Optimizer], keep_awake: bool
-) -> tuple[list[Layer], int]:
-    """The layers that count, and how many of them, the first ones, the user froze. Others in which
-    no optimizer trains anything are joined to the next one; after the last, to that."""
+    found: list[Layer], optimizers: Sequence[Optimizer], keep_awake: bool, apart: bool
+) -> tuple[list[Layer], int, int]:
+    """The layers that count; how many of them, the first ones, the user froze; and in how many no
+    optimizer trains anything. Others of that kind are joined to the next layer; after the last, to
+    that. `apart`: leading ones are not joined, whether they require gradients or not."""
     held = _held(optimizers)
     trains = [any(p.requires_grad and p in held for p in layer.parameters) for layer in found]
     if not any(trains):
@@ -640,18 +676,21 @@ def _counted(
         )
     counted: list[Layer] = []
     waiting: list[Layer] = []  # what belongs to the next layer that counts
-    given, leading = 0, not keep_awake
+    given, idle, by_user = 0, 0, not keep_awake
     for layer, counts in zip(found, trains, strict=True):
         waiting.append(layer)
-        stopped = bool(layer.parameters) and not any(p.requires_grad for p in layer.parameters)
-        leading = leading and (stopped or not layer.parameters)
-        if counts or (leading and stopped):
+        if not layer.parameters:
+            continue
+        by_user = by_user and not any(p.requires_grad for p in layer.parameters)
+        is_leading = len(counted) == idle and not counts
+        if counts or by_user or (is_leading and apart):
             counted.append(merged(layer.name, waiting))
             waiting = []
-            given += leading and stopped
+            given += by_user
+            idle += is_leading
     if waiting:
         counted[-1] = merged(counted[-1].name, [counted[-1], *waiting])
-    return counted, given
+    return counted, given, idle
 
 
 def _tell_given(layers: Sequence[Layer]) -> None:

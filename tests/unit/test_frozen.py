@@ -255,6 +255,38 @@ def test_the_cache_chooses_the_depth_at_which_the_run_stands(total: int | None) 
     assert cache.depths in ([4], [])  # by measurement it may not pay on a busy machine
 
 
+@pytest.mark.parametrize("plan", [Frozen(3), Frozen(up_to="4"), Frozen(3, then=EARLY)])
+def test_an_optimizer_of_what_trains_may_leave_out_what_the_plan_freezes(plan: Plan) -> None:
+    """Though its parameters require gradients."""
+    model = linear_net(5)
+    optimizer = SGD(model[6:].parameters(), 0.1)
+    freezer = FreezeOut(model, optimizer, 20, schedule=plan, example_inputs=vectors(0)[0])
+    assert [layer.name for layer in freezer.layers] == ["0", "2", "4", "6", "8"]
+    assert freezer.num_frozen == 3
+    before = [p.detach().clone() for p in model[:6].parameters()]
+    run(model, [optimizer], freezer, vectors, range(5))
+    assert all(map(torch.equal, before, model[:6].parameters()))
+    assert all(p.grad is None for p in model[:6].parameters())
+    freezer.release()
+    assert all(p.requires_grad for p in model.parameters())
+    with pytest.raises(InvalidValue, match=r"Frozen\(first=5\) does not go with 5 layers"):
+        FreezeOut(model, optimizer, 20, schedule=Frozen(5), example_inputs=vectors(0)[0])
+    # What the plan does not freeze may be trained by something else: as ever.
+    other = FreezeOut(model, optimizer, 20, schedule=EARLY, example_inputs=vectors(0)[0])
+    assert [layer.name for layer in other.layers] == ["6", "8"]
+
+
+def test_a_layer_that_the_user_froze_behind_one_that_something_else_may_train() -> None:
+    """It is joined to the next one with it, and neither is frozen from the start."""
+    model = linear_net(4)
+    model[2].requires_grad_(False)
+    optimizer = SGD(model[4:].parameters(), 0.1)
+    freezer = FreezeOut(model, optimizer, 20, schedule=EARLY, example_inputs=vectors(0)[0])
+    assert [layer.name for layer in freezer.layers] == ["4", "6"]
+    assert freezer.num_frozen == 0
+    assert model[0].weight.requires_grad
+
+
 # --- plans of one's own ---------------------------------------------------------------------
 
 
