@@ -127,8 +127,8 @@ def test_the_check_sees_what_freezing_leaves_out(
     """The library broken in one place."""
     freeze = Layer.freeze
 
-    def broken(layer: Layer) -> None:
-        freeze(layer)
+    def broken(layer: Layer, within: nn.Module | None = None) -> None:
+        freeze(layer, within)
         if missing == "eval":
             for module in layer.modules:
                 del module.__dict__["train"]
