@@ -1,7 +1,7 @@
 """`FreezeOut`: a plan of what trains when, applied to a model's layers and to its optimizers."""
 
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from operator import attrgetter
 from types import TracebackType
 from typing import Any, Self
@@ -14,10 +14,10 @@ from .checks import EngagedCheck, UpdateWatch, check_state, check_unchanged
 from .cost import check_one_a_layer, saving
 from .errors import CheckpointError, FreezeOutError, InvalidType, InvalidValue
 from .layers import ExampleInputs, Layer, OrderCheck, find_layers, given_layers
-from .layers.layer import merged
 from .layers.marks import is_stopped, take_off
 from .optimizers import SplitOptimizer, check_optimizers
-from .plan import Frozen, Plan, Timeline, check_plan
+from .plan import Plan, Timeline, check_plan, factors_of, given_layers_are, progress
+from .planned import held_by, plan_layers
 from .savings import BytesSaved, SecondsSaved, StepTimes, bytes_saved, seconds_saved
 from .schedule import STEEP, Schedule
 from .values import plain, whole_number
@@ -69,6 +69,7 @@ class FreezeOut:
             them those that the user froze. Others have been joined to the next one that counts.
         schedule: the plan, as given.
         timeline: when how many layers are frozen.
+        times: the seconds of steps, in this process; no part of `state_dict()`.
 
     Raises:
         InvalidValue, InvalidType: arguments out of range, a plan that does not go with the layers,
@@ -107,20 +108,21 @@ class FreezeOut:
             found = find_layers(model, example_inputs)
         else:
             found = ready or given_layers(model, layers, example_inputs)
-        self.layers, given, self._plan, self.timeline = _planned(
+        planned = plan_layers(
+            model,
             found,
             optimizers,
-            keep_awake,
-            lambda layers, given: _bound(
-                self.schedule, model, layers, given, self.total_steps, self.freeze_every
-            ),
+            self.schedule,
+            self.total_steps,
+            freeze_every=self.freeze_every,
+            keep_awake=keep_awake,
         )
+        self.layers, self._plan, self.timeline = planned.layers, planned.plan, planned.timeline
         self._step = 0
         self._released = False
         self._factors_at: tuple[int, int] | None = None
         self._factors: tuple[float, ...] = ()
-        self._times = StepTimes()
-        self._timed_from = 0  # the step at which this process began to
+        self.times = StepTimes()
         self._frozen_parameters: tuple[nn.Parameter, ...] = ()
         self._told: set[str] = set()
         # What may raise comes before what leaves marks on the optimizers and the model.
@@ -146,18 +148,13 @@ class FreezeOut:
         self._engaged = EngagedCheck(model, self.layers)
         self._apply(self.num_frozen)
         _DRIVING.add(self)
-        if given:
-            _tell_given(self.layers[:given])
+        if planned.given:
+            _tell_given(self.layers[: planned.given])
 
     def _check_factors(self, base_rate: float) -> None:
         if not self.anneal:
             return
-        factors = self._plan.factors(0, self.timeline)
-        if len(factors) != len(self.layers):
-            raise InvalidValue(
-                f"the plan {self.schedule} gave {len(factors)} factors for {len(self.layers)} "
-                "layers"
-            )
+        factors = factors_of(self._plan, 0, self.timeline)
         largest = max(factors)
         if largest > STEEP:
             name = self.layers[factors.index(largest)].name
@@ -254,7 +251,7 @@ class FreezeOut:
         if after != before or not self._looked:
             check_unchanged(self.model, self.layers, self._names)
             self._looked = True
-        self._times.record(before)
+        self.times.record(before)
         self._step += 1
         if after != before:
             self._apply(after)
@@ -263,7 +260,7 @@ class FreezeOut:
     def served(self) -> None:
         """For caches: in the step that goes on, what frozen layers compute was read and not
         computed, so its duration is one of its own kind."""
-        self._times.served = True
+        self.times.served = True
 
     def forward_begins(self) -> None:
         """For frameworks that compute the loss otherwise than by calling the model (a Lightning
@@ -321,8 +318,7 @@ class FreezeOut:
         except (TypeError, ValueError) as error:
             raise CheckpointError(f"this is no FreezeOut state: {error}") from error
         check_unchanged(self.model, self.layers, self._names)
-        self.timeline, self._step, self._timed_from = theirs, step, step
-        self._times.restart()
+        self.timeline, self._step, self.times = theirs, step, StepTimes(since=step)
         self._factors_at = None
         self._apply(self.num_frozen, loaded=True)
 
@@ -331,8 +327,8 @@ class FreezeOut:
         nothing of FreezeOut remains on them. State that freezing dropped starts afresh."""
         if self._released:
             return
-        self._apply(0)
         self._released = True
+        self._apply(0)
         self._engaged.disarm()
         for optimizer in self._optimizers:
             optimizer.detach()
@@ -358,7 +354,7 @@ class FreezeOut:
     def step_seconds(self) -> dict[int, tuple[int, float | None]]:
         """For each number of frozen layers in this process: the steps made with them, and the
         median seconds between two calls of `step()`; None before there were two in a row."""
-        return self._times.by_depth()
+        return self.times.by_depth()
 
     def seconds_saved(self) -> SecondsSaved | None:
         """Seconds that freezing, and a cache, have saved in the steps made in this process, against
@@ -368,7 +364,7 @@ class FreezeOut:
         evaluation do not count; and from counted FLOPs where no steps of a kind, or fewer than
         five, have been timed.
         """
-        return seconds_saved(self._times, self.layers)
+        return seconds_saved(self.times, self.layers)
 
     def bytes_saved(self) -> BytesSaved:
         """Bytes of gradients, optimizer state and activations that the layers which are frozen now
@@ -388,19 +384,15 @@ class FreezeOut:
     def summary(self, step_costs: Sequence[float] | None = None) -> str:
         """What was frozen, and what that saved against training every layer, in a line; with
         `step_costs` also what was predicted (see `predicted_share`)."""
-        depth, start = self.timeline.num_frozen(self._step), self.timeline.num_frozen(0)
-        parts = [f"froze {depth} of {len(self.layers)} layers"]
-        if start:
-            parts[0] += f", {start} of them from the start"
-        if self.total_steps is not None and self._step < self.total_steps:
-            parts.append(f"made {self._step} of {self.total_steps} steps")
+        depth = self.timeline.num_frozen(self._step)
+        parts = progress(self.timeline, self._step)
         saved = self.seconds_saved()
         if saved is not None:
             line = f"{duration(saved.seconds)} saved ({saved.share:.0%} of the steps' time)"
             if saved.is_predicted:
                 line += ", predicted from counted FLOPs in part"
-            if self._timed_from:
-                line += f", since step {self._timed_from}"
+            if self.times.since:
+                line += f", since step {self.times.since}"
             parts.append(line)
         elif depth:
             parts.append("time saved is not known yet")
@@ -534,36 +526,6 @@ class FreezeOut:
         }
 
 
-def frozen_from_start(
-    model: nn.Module,
-    optimizers: Sequence[Optimizer],
-    total_steps: int | None,
-    *,
-    schedule: Plan | None = None,
-    layers: Sequence[Any] | None = None,
-    example_inputs: ExampleInputs = None,
-    freeze_every: int = 1,
-    keep_awake: bool = False,
-) -> list[Layer]:
-    """The layers that FreezeOut, with the same arguments, will freeze at step 0; for frameworks in
-    which it is not built before the first training pass."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        found = (
-            find_layers(model, example_inputs)
-            if layers is None
-            else given_layers(model, layers, example_inputs)
-        )
-    plan = Schedule() if schedule is None else schedule
-    counted, _, _, timeline = _planned(
-        found,
-        optimizers,
-        keep_awake,
-        lambda layers, given: _bound(plan, model, layers, given, total_steps, freeze_every),
-    )
-    return counted[: timeline.num_frozen(0)]
-
-
 def thaw(model: nn.Module) -> bool:
     """Make an ordinary model of one that still carries freezing, after an interrupted run, say:
     whatever drives it is released, every parameter that was trained trains again, and modules have
@@ -585,7 +547,7 @@ def thaw(model: nn.Module) -> bool:
 def _take_over(model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
     """Thaw a model that an earlier FreezeOut has left frozen, and say so. InvalidValue if the
     optimizers were built without what was frozen."""
-    held = _held(optimizers)
+    held = held_by(optimizers)
     for name, parameter in model.named_parameters():
         if is_stopped(parameter) and parameter not in held:
             raise InvalidValue(
@@ -607,98 +569,11 @@ def _ready_layers(layers: Any) -> list[Layer]:
     return given if all(isinstance(layer, Layer) for layer in given) else []
 
 
-def _bound(
-    schedule: Plan,
-    model: nn.Module,
-    layers: Sequence[Layer],
-    given: int,
-    total_steps: int | None,
-    freeze_every: int,
-) -> tuple[Plan, Timeline]:
-    """The plan for these layers, the first `given` of which the user froze; and its timeline."""
-    paths = {module: name for name, module in model.named_modules()}
-    names = [[paths.get(module, "") for module in layer.modules] for layer in layers]
-    plan = schedule.resolved(names, given)
-    if given:
-        plan = Frozen(given, then=plan)
-    timeline = plan.timeline(len(layers), total_steps, freeze_every)
-    if (timeline.num_layers, timeline.total_steps) != (len(layers), total_steps):
-        raise InvalidValue(
-            f"the plan {schedule} gave a timeline of {timeline.num_layers} layers and "
-            f"{timeline.total_steps} steps, for {len(layers)} and {total_steps}"
-        )
-    return plan, timeline
-
-
-def _held(optimizers: Sequence[Optimizer]) -> set[nn.Parameter]:
-    return {p for each in optimizers for group in each.param_groups for p in group["params"]}
-
-
-def _planned(
-    found: list[Layer],
-    optimizers: Sequence[Optimizer],
-    keep_awake: bool,
-    bound: Callable[[list[Layer], int], tuple[Plan, Timeline]],
-) -> tuple[list[Layer], int, Plan, Timeline]:
-    """The layers that count, how many of them the user froze, and the plan for them.
-
-    Leading layers that require gradients, but which no optimizer holds, are layers of their own if
-    the plan freezes all of them from the start: an optimizer of what trains may well leave them
-    out. Otherwise something else may train them, and they are joined to the next layer."""
-    layers, given, idle = _counted(found, optimizers, keep_awake, apart=True)
-    refusal: InvalidValue | None = None
-    if idle > given:
-        try:
-            plan, timeline = bound(layers, given)
-            if timeline.num_frozen(0) >= idle:
-                return layers, given, plan, timeline
-        except InvalidValue as error:
-            refusal = error
-        layers, given, _ = _counted(found, optimizers, keep_awake, apart=False)
-    try:
-        return layers, given, *bound(layers, given)
-    except InvalidValue as error:
-        raise refusal or error from None
-
-
-def _counted(
-    found: list[Layer], optimizers: Sequence[Optimizer], keep_awake: bool, apart: bool
-) -> tuple[list[Layer], int, int]:
-    """The layers that count; how many of them, the first ones, the user froze; and in how many no
-    optimizer trains anything. Others of that kind are joined to the next layer; after the last, to
-    that. `apart`: leading ones are not joined, whether they require gradients or not."""
-    held = _held(optimizers)
-    trains = [any(p.requires_grad and p in held for p in layer.parameters) for layer in found]
-    if not any(trains):
-        raise InvalidValue(
-            "the optimizer holds none of the model's parameters that require gradients "
-            "(build it from model.parameters())"
-        )
-    counted: list[Layer] = []
-    waiting: list[Layer] = []  # what belongs to the next layer that counts
-    given, idle, by_user = 0, 0, not keep_awake
-    for layer, counts in zip(found, trains, strict=True):
-        waiting.append(layer)
-        if not layer.parameters:
-            continue
-        by_user = by_user and not any(p.requires_grad for p in layer.parameters)
-        is_leading = len(counted) == idle and not counts
-        if counts or by_user or (is_leading and apart):
-            counted.append(merged(layer.name, waiting))
-            waiting = []
-            given += by_user
-            idle += is_leading
-    if waiting:
-        counted[-1] = merged(counted[-1].name, [counted[-1], *waiting])
-    return counted, given, idle
-
-
 def _tell_given(layers: Sequence[Layer]) -> None:
     """That layers which the user froze are in evaluation mode, where that makes a difference."""
     if any(_has_modes(module) for layer in layers for module in layer.modules):
         warnings.warn(
-            f"{len(layers)} layers in which nothing trains ({layers[0].name!r} to "
-            f"{layers[-1].name!r}) are frozen from the start, their norms and dropout in "
+            f"{given_layers_are([layer.name for layer in layers])}, their norms and dropout in "
             "evaluation mode; FreezeOut(..., keep_awake=True) leaves these as they are",
             stacklevel=3,
         )

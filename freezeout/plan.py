@@ -384,3 +384,60 @@ def check_plan(name: str, value: object) -> None:
             f"{name} must be a plan, such as Schedule(...) or Frozen(...), got "
             f"{value.__name__ if isinstance(value, type) else type(value).__name__}"
         )
+
+
+def bound(
+    plan: Plan,
+    layers: Sequence[Collection[str]],
+    given: int,
+    total_steps: int | None,
+    freeze_every: int,
+) -> tuple[Plan, Timeline]:
+    """The plan for the layers of a model (see `Plan.resolved`), what the user froze included; and
+    its timeline. InvalidValue if the plan does not go with them, or contradicts itself."""
+    resolved = plan.resolved(layers, given)
+    if given:
+        resolved = Frozen(given, then=resolved)
+    timeline = resolved.timeline(len(layers), total_steps, freeze_every)
+    if (timeline.num_layers, timeline.total_steps) != (len(layers), total_steps):
+        raise InvalidValue(
+            f"the plan {plan} gave a timeline of {timeline.num_layers} layers and "
+            f"{timeline.total_steps} steps, for {len(layers)} and {total_steps}"
+        )
+    return resolved, timeline
+
+
+def factors_of(plan: Plan, step: int, timeline: Timeline) -> tuple[float, ...]:
+    """`plan.factors`; InvalidValue unless there is one for each layer."""
+    factors = tuple(plan.factors(step, timeline))
+    if len(factors) != timeline.num_layers:
+        raise InvalidValue(
+            f"the plan {plan} gave {len(factors)} factors for {timeline.num_layers} layers"
+        )
+    return factors
+
+
+def progress(timeline: Timeline, step: int) -> list[str]:
+    """For summaries: what is frozen once `step` updates have been made, and whether there should
+    have been more.
+
+    >>> progress(Timeline(4, 20, ((0, 1), (10, 3))), 12)
+    ['froze 3 of 4 layers, 1 of them from the start', 'made 12 of 20 steps']
+    """
+    start, total = timeline.num_frozen(0), timeline.total_steps
+    said = [f"froze {timeline.num_frozen(step)} of {timeline.num_layers} layers"]
+    if start:
+        said[0] += f", {start} of them from the start"
+    if total is not None and step < total:
+        said.append(f"made {step} of {total} steps")
+    return said
+
+
+def given_layers_are(names: Sequence[str]) -> str:
+    """For warnings: that the layers which the user froze are frozen from the start.
+
+    >>> given_layers_are(["stem", "block.0", "block.1"])
+    "the layers in which nothing trains (3: 'stem' to 'block.1') are frozen from the start"
+    """
+    ends = " to ".join(dict.fromkeys(map(repr, (names[0], names[-1]))))
+    return f"the layers in which nothing trains ({len(names)}: {ends}) are frozen from the start"

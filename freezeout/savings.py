@@ -8,9 +8,10 @@ its forward pass, a frozen layer runs forward only, and where a cache serves not
 
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
+from typing import Any
 
 from .layers import Layer
 
@@ -21,14 +22,21 @@ Kind = tuple[int, bool]  # layers frozen, and whether a cache served what they c
 
 
 class StepTimes:
-    """Seconds between two calls of `FreezeOut.step()`, in this process: by the number of frozen
-    layers, and by whether a cache served."""
+    """Seconds between two calls of `FreezeOut.step()`: by the number of frozen layers, and by
+    whether a cache served. Those of one process, unless its `state()` is loaded in another.
 
-    def __init__(self) -> None:
+    Attributes:
+        since: the step of the run from which on they were taken.
+        counts: how many steps of each kind were made.
+        served: whether a cache serves in the step that goes on.
+    """
+
+    def __init__(self, since: int = 0) -> None:
+        self.since = since
         self.counts: dict[Kind, int] = {}
         self._seconds: dict[Kind, deque[float]] = {}
         self._clock: float | None = None
-        self.served = False  # in the step that goes on
+        self.served = False
 
     def record(self, depth: int) -> None:
         """A step has been made with `depth` layers frozen."""
@@ -38,9 +46,20 @@ class StepTimes:
             self._seconds.setdefault(kind, deque(maxlen=_SAMPLES)).append(now - self._clock)
         self._clock, self.served = now, False
 
-    def restart(self) -> None:
-        """Forget everything: what comes is another stretch of the run."""
-        self.__init__()  # type: ignore[misc]
+    def state(self) -> dict[str, Any]:
+        """Plain values, for who wants the times of a whole run, in whatever processes."""
+        kinds = [
+            [depth, served, count, list(self._seconds.get((depth, served), ()))]
+            for (depth, served), count in self.counts.items()
+        ]
+        return {"since": self.since, "kinds": kinds}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state()` returned."""
+        self.since = state["since"]
+        for depth, served, count, seconds in state["kinds"]:
+            self.counts[depth, served] = count
+            self._seconds[depth, served] = deque(seconds, maxlen=_SAMPLES)
 
     def median(self, kind: Kind, least: int = 1) -> float | None:
         """Seconds of such a step; None: fewer than `least` have been measured."""

@@ -1,5 +1,6 @@
 """What callbacks of training frameworks have in common."""
 
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -7,10 +8,11 @@ from torch import nn
 from torch.optim import Optimizer
 
 from ..errors import InvalidValue
-from ..freezer import FreezeOut, frozen_from_start
-from ..layers import ExampleInputs, Layer
+from ..freezer import FreezeOut
+from ..layers import ExampleInputs, Layer, find_layers, given_layers
 from ..plan import Plan, check_plan
-from ..schedule import read_plan
+from ..planned import plan_layers
+from ..schedule import Schedule, read_plan
 from ..values import plain, whole_number
 
 Part = str | nn.Module
@@ -70,13 +72,13 @@ class Adapter:
     ) -> FreezeOut:
         """The FreezeOut of a run, with the layers `found` unless the user gave others, brought
         to where `state` says."""
-        layers = found if self.layers is None else [_resolved(model, each) for each in self.layers]
+        given = self._given_layers(model)
         freezer = FreezeOut(
             model,
             optimizers,
             total_steps,
             schedule=self.schedule,
-            layers=layers,
+            layers=found if given is None else given,
             example_inputs=example_inputs,
             freeze_every=self.freeze_every,
             anneal=self.anneal,
@@ -101,17 +103,24 @@ class Adapter:
         example_inputs: ExampleInputs = None,
     ) -> list[Layer]:
         """The layers that the run's FreezeOut will freeze at step 0, before it is built."""
-        layers = None if self.layers is None else [_resolved(model, each) for each in self.layers]
-        return frozen_from_start(
+        with warnings.catch_warnings():  # which FreezeOut will give
+            warnings.simplefilter("ignore")
+            if (layers := self._given_layers(model)) is None:
+                found = find_layers(model, example_inputs)
+            else:
+                found = given_layers(model, layers, example_inputs)
+        return plan_layers(
             model,
+            found,
             optimizers,
+            self.schedule or Schedule(),
             total_steps,
-            schedule=self.schedule,
-            layers=layers,
-            example_inputs=example_inputs,
             freeze_every=self.freeze_every,
             keep_awake=self.keep_awake,
-        )
+        ).frozen_from_start
+
+    def _given_layers(self, model: nn.Module) -> list[Any] | None:
+        return None if self.layers is None else [_resolved(model, each) for each in self.layers]
 
     def _end(self) -> None:
         """Leave an ordinary model and optimizers behind. `freezer` can still be asked what was."""

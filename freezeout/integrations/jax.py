@@ -13,7 +13,7 @@ runs.
 
 import inspect
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import Any, NamedTuple
@@ -25,7 +25,7 @@ import optax
 
 from ..cost import saving
 from ..errors import CheckpointError, FreezeOutError, InvalidType, InvalidValue, LayerOrderError
-from ..plan import Plan, Timeline, check_plan
+from ..plan import Plan, Timeline, bound, check_plan, factors_of, progress
 from ..schedule import Schedule
 from ..values import whole_number
 from .jax_order import first_out_of_order
@@ -68,14 +68,15 @@ def learning_rates(
     >>> [float(rate(0)) for rate in learning_rates(0.1, 2, 100, Schedule(0.5, "linear"))]
     [0.20000000298023224, 0.10000000149011612]
     """
-    plan = _checked_plan(schedule)
-    timeline = _timeline(plan, num_layers, whole_number("total_steps", total_steps), freeze_every)
+    total_steps = whole_number("total_steps", total_steps)
+    names = [()] * whole_number("num_layers", num_layers)
+    plan, timeline = _bound(_checked_plan(schedule), names, total_steps, freeze_every)
     ends = [total_steps if end is None else end for end in timeline.freeze_steps]
     tables = [np.empty(end, np.float32) for end in ends]
     for step in range(max(ends)):
-        factors = _factors(plan, step, timeline)
-        for table, factor in zip(tables[timeline.num_frozen(step) :], factors, strict=True):
-            table[step] = factor
+        factors = factors_of(plan, step, timeline)
+        for i in range(timeline.num_frozen(step), num_layers):
+            tables[i][step] = factors[i]
     base = learning_rate if callable(learning_rate) else lambda step: learning_rate
 
     def rate(step: Any, table: np.ndarray) -> jax.Array:
@@ -177,8 +178,7 @@ class FreezeOut:
 
     def factors(self, step: int) -> tuple[float, ...]:
         """Each layer's multiplier of the learning rate in update number `step`, from 0."""
-        frozen = self.num_frozen(step)
-        return (0.0,) * frozen + _factors(self._plan, step, self._timeline)
+        return factors_of(self._plan, step, self.timeline)
 
     def flops(self, num_frozen: int) -> float:
         """XLA's count for one step with `num_frozen` layers frozen; FreezeOutError before it has
@@ -200,13 +200,8 @@ class FreezeOut:
 
     def summary(self, state: TrainState) -> str:
         """What is frozen where `state` stands, and what that saved, in a line."""
-        step, layers = int(state.step), self._layout.num_layers
-        start = self.num_frozen(0)
-        parts = [f"froze {self.num_frozen(step)} of {layers} layers"]
-        if start:
-            parts[0] += f", {start} of them from the start"
-        if self.total_steps is not None and step < self.total_steps:
-            parts.append(f"made {step} of {self.total_steps} steps")
+        step = int(state.step)
+        parts = progress(self.timeline, step)
         stages = {k for k, count in enumerate(self._counts(step)) if count}
         if stages and stages <= self.compiled.keys():
             parts.append(f"{self.flops_saved(step):.0%} of the FLOPs saved")
@@ -232,8 +227,9 @@ class FreezeOut:
                 "use their stored statistics, and only loss_fn can tell them to"
             )
         tree = _Tree(params, self._given_layers)
-        self._plan = self.schedule.resolved(tree.parts)
-        self._timeline = _timeline(self._plan, tree.num_layers, self.total_steps, self.freeze_every)
+        self._plan, self._timeline = _bound(
+            self.schedule, tree.parts, self.total_steps, self.freeze_every
+        )
         self._tree = tree
         self._graphs.clear()
         self.compiled.clear()
@@ -260,7 +256,7 @@ class FreezeOut:
         k = self.num_frozen(count)
         if self.timeline.is_over(count):
             return state._replace(step=count + 1), self._evaluated(state, batch, k)
-        factors = np.asarray(_factors(self._plan, count, self._timeline), np.float32)
+        factors = np.asarray(self.factors(count)[k:], np.float32)
         arguments = (*self._arranged(state, k), factors, batch)
         signature = _signature(batch)
         key = (k, signature)
@@ -524,30 +520,18 @@ def _checked_plan(schedule: Plan | None) -> Plan:
     return Schedule() if schedule is None else schedule
 
 
-def _timeline(plan: Plan, num_layers: int, total_steps: int | None, every: int) -> Timeline:
-    """The plan's timeline; InvalidValue if it is none for these layers, or if it thaws."""
-    timeline = plan.timeline(num_layers, total_steps, every)
-    if (timeline.num_layers, timeline.total_steps) != (num_layers, total_steps):
-        raise InvalidValue(
-            f"the plan {plan} gave a timeline of {timeline.num_layers} layers and "
-            f"{timeline.total_steps} steps, for {num_layers} and {total_steps}"
-        )
+def _bound(
+    schedule: Plan, names: Sequence[Collection[str]], total_steps: int | None, freeze_every: int
+) -> tuple[Plan, Timeline]:
+    """See `freezeout.plan.bound`. InvalidValue also if the plan thaws."""
+    plan, timeline = bound(schedule, names, 0, total_steps, freeze_every)
     if not timeline.rises:
         raise InvalidValue(
-            f"a plan that thaws is not supported on JAX: the numbers of frozen layers of {plan}, "
-            f"{timeline.changes}, fall, and a frozen layer's optimizer state is gone from the state"
+            "a plan that thaws is not supported on JAX: the numbers of frozen layers of "
+            f"{schedule}, {timeline.changes}, fall, and a frozen layer's optimizer state is gone "
+            "from the state"
         )
-    return timeline
-
-
-def _factors(plan: Plan, step: int, timeline: Timeline) -> tuple[float, ...]:
-    """Of the layers that are not frozen in update number `step`."""
-    factors = tuple(plan.factors(step, timeline))
-    if len(factors) != timeline.num_layers:
-        raise InvalidValue(
-            f"the plan {plan} gave {len(factors)} factors for {timeline.num_layers} layers"
-        )
-    return factors[timeline.num_frozen(step) :]
+    return plan, timeline
 
 
 def _within(step: Any, last: int) -> jax.Array:

@@ -21,7 +21,7 @@ import numpy as np
 from keras import ops
 
 from ..errors import InvalidType, InvalidValue, LayerOrderError
-from ..plan import Frozen, Plan, Timeline, check_plan
+from ..plan import Plan, Timeline, bound, check_plan, factors_of, given_layers_are, progress
 from ..schedule import Schedule
 from ..values import whole_number
 
@@ -209,17 +209,11 @@ class FreezeOutCallback(keras.callbacks.Callback):  # type: ignore[misc]
         """Each layer's learning rate at a step of the run, where the optimizer's is what it is
         now; 0 once frozen."""
         rate = float(ops.convert_to_numpy(self.model.optimizer.learning_rate))
-        return tuple(rate * factor for factor in self._factors(step))
+        return tuple(rate * factor for factor in factors_of(self._plan, step, self.timeline))
 
     def summary(self) -> str:
         """What was frozen, in a line."""
-        start, total = self.timeline.num_frozen(0), self.timeline.total_steps
-        parts = [f"froze {self.num_frozen} of {len(self.layers)} layers"]
-        if start:
-            parts[0] += f", {start} of them from the start"
-        if total is not None and self._made < total:
-            parts.append(f"made {self._made} of {total} steps")
-        return "; ".join(parts)
+        return "; ".join(progress(self.timeline, self._made))
 
     def release(self) -> None:
         """Have the model train as an ordinary one: what is left of an interrupted `fit` goes. The
@@ -236,19 +230,11 @@ class FreezeOutCallback(keras.callbacks.Callback):  # type: ignore[misc]
 
     def _bound(self, total: int | None, given: int) -> tuple[Plan, Timeline]:
         """The plan for the layers, the first `given` of which the user froze; and its timeline."""
-        names, count = _names(self.model), len(self.layers)
+        names = _names(self.model)
         parts = [
             {name for u in group for name in names.get(id(u), [u.name])} for group in self.layers
         ]
-        plan = self.schedule.resolved(parts, given)
-        if given:
-            plan = Frozen(given, then=plan)
-        timeline = plan.timeline(count, total, self.freeze_every)
-        if (timeline.num_layers, timeline.total_steps) != (count, total):
-            raise InvalidValue(
-                f"the plan {self.schedule} gave a timeline of {timeline.num_layers} layers and "
-                f"{timeline.total_steps} steps, for {count} and {total}"
-            )
+        plan, timeline = bound(self.schedule, parts, given, total, self.freeze_every)
         if not timeline.rises:
             raise InvalidValue(
                 "a plan that thaws is not supported on Keras: the numbers of frozen layers of "
@@ -256,15 +242,6 @@ class FreezeOutCallback(keras.callbacks.Callback):  # type: ignore[misc]
                 "the momentum that it had when it was frozen"
             )
         return plan, timeline
-
-    def _factors(self, step: int) -> tuple[float, ...]:
-        factors = tuple(self._plan.factors(step, self.timeline))
-        if len(factors) != len(self.layers):
-            raise InvalidValue(
-                f"the plan {self.schedule} gave {len(factors)} factors for {len(self.layers)} "
-                "layers"
-            )
-        return factors
 
     def _take_over(self) -> None:
         """From now on the train function is this callback's."""
@@ -491,7 +468,7 @@ class FreezeOutCallback(keras.callbacks.Callback):  # type: ignore[misc]
         self._filled = range(step, step + self._num_rows)
         for s in self._filled:
             if not self.timeline.is_over(s):
-                rows[s % self._num_rows] = self._factors(s)
+                rows[s % self._num_rows] = factors_of(self._plan, s, self.timeline)
         self._table.assign(rows.ravel())
 
 
@@ -604,8 +581,7 @@ def _tell_given(layers: Sequence[Sequence[Any]]) -> bool:
     tell = any(isinstance(rate, float) and rate > 0 for rate in rates)
     if tell:
         warnings.warn(
-            f"{len(layers)} layers in which nothing trains ({layers[0][0].name!r} to "
-            f"{layers[-1][0].name!r}) are frozen from the start, their dropout off; "
+            f"{given_layers_are([group[0].name for group in layers])}, their dropout off; "
             "FreezeOutCallback(..., keep_awake=True) leaves these as they are",
             stacklevel=2,
         )

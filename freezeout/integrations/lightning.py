@@ -36,8 +36,8 @@ class FreezeOutCallback(Adapter, Callback):
     found with the module's `example_input_array` if it has one, else in the first training step;
     those that are frozen from the start are, in that case, told by the order of definition, which
     the first step then has to bear out.
-    Checkpoints hold its state. After `fit` the module is an ordinary one again, everything
-    trainable. A batch in which an optimizer made a step counts as one step.
+    Checkpoints hold its state. After `fit` the module is an ordinary one again: what you did not
+    freeze yourself is trainable. A batch in which an optimizer made a step counts as one step.
 
     The progress bar shows how many layers are `frozen`. Loggers get `freezeout/num_frozen` and
     `freezeout/saved_share`, the share of the steps' time that freezing has saved.
@@ -111,7 +111,7 @@ class FreezeOutCallback(Adapter, Callback):
             return  # the first step will tell more
         trained = any(p.requires_grad for layer in self._early for p in layer.parameters)
         for layer in self._early:
-            layer.freeze()
+            layer.freeze(pl_module)
         if trained:
             self._rewrap(trainer)
 
@@ -128,7 +128,7 @@ class FreezeOutCallback(Adapter, Callback):
         with self._first.untoggled(), _length_asked_for(total):
             found = self._frozen_from_start(pl_module, trainer.optimizers, total, trace)
         for layer in self._early:
-            layer.freeze()
+            layer.freeze(pl_module)
         if [_parts(layer) for layer in found] != [_parts(layer) for layer in self._early]:
             raise InvalidValue(
                 "layers are to be frozen from the start, and the order in which modules are "
@@ -176,7 +176,7 @@ class FreezeOutCallback(Adapter, Callback):
         if self.freezer is None or trainer.should_stop:  # early
             return
         made, planned = self.freezer.step_count, self.freezer.total_steps
-        if self.freezer.is_unfinished:
+        if planned is not None and self.freezer.is_unfinished:
             warnings.warn(
                 f"the run made {made} steps, but its schedule was for {planned}: layers froze too "
                 f"late, and learning rates did not reach zero; give FreezeOutCallback("
@@ -270,9 +270,11 @@ class _FirstStep:
         held = [p for p in self._trained if not p.requires_grad]
         for parameter in held:
             parameter.requires_grad_(True)
-        yield
-        for parameter in held:
-            parameter.requires_grad_(False)
+        try:
+            yield
+        finally:
+            for parameter in held:
+                parameter.requires_grad_(False)
 
     def batch_ended(self) -> None:
         """Without a loss, if it is still being recorded."""

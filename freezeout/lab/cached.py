@@ -22,7 +22,6 @@ class CachedRun:
     def __init__(self, job: Job, cache: PrefixCache) -> None:
         self._job, self.cache = job, cache
         self._ids: tuple[int, Tensor] | None = None  # an epoch, and its order
-        self._seen = 0, 0  # hits and other visits, when they were last looked at
 
     def prepare(self) -> None:
         """Measure and choose, in a new run."""
@@ -54,16 +53,9 @@ class CachedRun:
         ids = self._ids[1][batch * size : (batch + 1) * size]
         return partial(self.cache, ids=ids, view=self.view(epoch))
 
-    def has_served(self) -> bool:
-        """Whether since this was asked last all that frozen layers compute was read."""
-        stats = self.cache.stats
-        now = stats.hits, stats.misses + stats.advanced + stats.bypassed
-        (hits, others), self._seen = self._seen, now
-        return now[0] > hits and now[1] == others
-
     def row(self) -> dict[str, Any]:
         """For the epoch's line of metrics."""
-        stats, self._seen = self.cache.stats.take(), (0, 0)
+        stats = self.cache.stats.take()
         return {
             "cache_hits": stats.hits,
             "cache_advanced": stats.advanced,

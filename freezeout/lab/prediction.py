@@ -1,35 +1,16 @@
 """`Prediction`: what a run's steps should cost at each depth, and afterwards what they did."""
 
-from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from ..cost import saving
 from ..errors import CheckpointError
-from ..savings import SecondsSaved, StepTimes
+from ..savings import SecondsSaved
 
 KEPT = 0.7  # a depth that saves a smaller share of what was predicted is flagged
 _NOTICED = 0.01  # but not where less than this share of a step was predicted
 _SAMPLES = 10  # nor by fewer steps than these
-_KEPT_SECONDS = 64  # of each kind of step
-
-
-class RunTimes(StepTimes):
-    """The seconds of a run's steps, of whatever processes made it."""
-
-    def state(self) -> list[list[Any]]:
-        """Plain values, for the checkpoint."""
-        return [
-            [depth, served, count, list(self._seconds.get((depth, served), ()))]
-            for (depth, served), count in self.counts.items()
-        ]
-
-    def load(self, state: Sequence[Sequence[Any]]) -> None:
-        """Go on from what `state` returned."""
-        for depth, served, count, seconds in state:
-            self.counts[depth, served] = count
-            self._seconds[depth, served] = deque(seconds, maxlen=_KEPT_SECONDS)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,6 @@ from statistics import median
 from typing import Any
 
 from ..errors import CheckpointError, FreezeOutError, InvalidValue
-from ..savings import seconds_saved
 from ..values import whole_number
 from ..words import first_line
 from .cached import CachedRun
@@ -24,7 +23,7 @@ from .config import TrainConfig
 from .device import hardware
 from .display import Display
 from .job import Job, Sums, random_state, set_random_state
-from .prediction import Prediction, RunTimes, warning
+from .prediction import Prediction, warning
 from .ranks import Ranks, launched
 from .run_folder import RunFolder, resume_command
 from .signals import stop_signals
@@ -171,7 +170,6 @@ class _Loop:
         self.freezer = job.freezer(job.model, self.optimizer, self.total_steps)
         cache = job.cache(self.freezer)
         self.cached = None if cache is None else CachedRun(job, cache)
-        self.times = RunTimes()
         self.rows: list[dict[str, Any]] = []  # finished epochs
         self.epoch = 0
         self.batch = 0  # batches done in this epoch
@@ -188,7 +186,7 @@ class _Loop:
             "batch": self.batch,
             "rows": self.rows,
             "sums": vars(sums),
-            "times": self.times.state(),
+            "times": self.freezer.times.state(),
             "model": self.job.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "freezer": self.freezer.state_dict(),
@@ -207,7 +205,7 @@ class _Loop:
             if self.cached is not None:
                 self.cached.cache.load_state_dict(state["cache"])
             self.rows, self.epoch, self.batch = state["rows"], state["epoch"], state["batch"]
-            self.times.load(state["times"])
+            self.freezer.times.load(state["times"])
             self.sums = Sums(**state["sums"])
             if not self.ranks.is_first:  # the first has all images' sums
                 self.sums = self.sums.without_images()
@@ -267,8 +265,7 @@ class _Loop:
         """Predicted beside measured costs, if layers freeze."""
         if self.prediction is None:
             return None
-        saved = seconds_saved(self.times, self.freezer.layers)
-        return self.prediction.against(self.times.by_depth(), saved)
+        return self.prediction.against(self.freezer.step_seconds, self.freezer.seconds_saved())
 
     def train_epoch(self, display: Display) -> None:
         """Make the epoch's remaining steps."""
@@ -292,8 +289,6 @@ class _Loop:
             (loss * weight).backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             optimizer.zero_grad()
-            self.times.served = cached is not None and cached.has_served()
-            self.times.record(freezer.num_frozen)
             if freezer.step():
                 self.net = ranks.rewrap(self.net)
             if weight:

@@ -6,7 +6,6 @@ would give, and a pickle loads where this package is not installed.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -167,20 +166,15 @@ def trained_again(parameter: nn.Parameter) -> None:
         parameter.requires_grad_(True)
 
 
-@contextmanager
-def _as_trained(parameter: nn.Parameter) -> Iterator[None]:
-    ours = {name: vars(parameter).pop(name) for name in (_COPYING, "__deepcopy__")}
+def _of_trained(parameter: nn.Parameter, name: str, argument: Any) -> Any:
+    """Stands in for the parameter's method of that name, called as if it were trained."""
+    ours = {each: vars(parameter).pop(each) for each in (_COPYING, "__deepcopy__")}
     parameter.requires_grad_(True)
     try:
-        yield
+        return getattr(parameter, name)(argument)
     finally:
         parameter.requires_grad_(False)
         vars(parameter).update(ours)
-
-
-def _of_trained(parameter: nn.Parameter, name: str, argument: Any) -> Any:
-    with _as_trained(parameter):
-        return getattr(parameter, name)(argument)
 
 
 # --- copies of modules ----------------------------------------------------------------------

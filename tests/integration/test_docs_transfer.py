@@ -30,7 +30,7 @@ def promised(code: str) -> list[str]:
     return re.findall(r"print\(.*\)  # (.*?)(?:: .*)?$", code, re.M)
 
 
-@pytest.mark.filterwarnings("ignore:3 layers in which nothing trains:UserWarning")
+@pytest.mark.filterwarnings("ignore:the layers in which nothing trains:UserWarning")
 @pytest.mark.filterwarnings("ignore::UserWarning:lightning")
 @pytest.mark.filterwarnings("ignore::FutureWarning:lightning")
 def test_the_document_is_a_program_that_prints_what_it_says(

@@ -497,7 +497,9 @@ def test_layers_that_the_user_froze_are_frozen_from_the_start() -> None:
     model, watch = with_base(), Watch()
     start = values(model.variables)
     freezer = FreezeOutCallback(schedule=Schedule(times=(0.5, 1)))
-    with pytest.warns(UserWarning, match=r"2 layers .* \('a' to 'b'\) are frozen from the start"):
+    with pytest.warns(
+        UserWarning, match=r"the layers .* \(2: 'a' to 'b'\) are frozen from the start"
+    ):
         fit_small(model, freezer, watch)
     assert [[u.name for u in group] for group in freezer.layers] == [
         *(["a", "drop"], ["b", "norm"], ["c"], ["d"])

@@ -160,7 +160,7 @@ def test_frozen_from_the_start(plan: Plan | None, inputs: bool) -> None:
         net[:7].requires_grad_(False)  # type: ignore[index]
     before = {name: value.clone() for name, value in module.state_dict().items()}
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "2 layers in which nothing trains")
+        warnings.filterwarnings("ignore", r"the layers in which nothing trains \(2: ")
         callback, rows = fit(module, FreezeOutCallback(plan or EARLY))
         optimizer = AdamW(net.parameters(), 0.01)
         mine = Frozen(2) if plan == Frozen(2) else EARLY if plan is None else Frozen(2, then=EARLY)

@@ -200,7 +200,7 @@ def test_parameters_that_the_user_froze_stay_so() -> None:
     model[:2].requires_grad_(False)
     model[12].requires_grad_(False)
     optimizer = SGD(model.parameters(), 0.1)
-    with pytest.warns(UserWarning, match="1 layers in which nothing trains"):
+    with pytest.warns(UserWarning, match=r"the layers in which nothing trains \(1: "):
         freezer = FreezeOut(model, optimizer, 10, schedule=EARLY, example_inputs=images(0)[0])
     assert [layer.name for layer in freezer.layers] == ["0", "4", "7"]
     assert freezer.num_frozen == 1

@@ -19,7 +19,7 @@ ORDER = [
     {"cost"},
     {"clock"},
     {"layers"},
-    {"optimizers", "checks", "savings"},
+    {"optimizers", "checks", "savings", "planned"},
     {"freezer"},
     {"parallel", "cache", "profile"},
     {"integrations"},

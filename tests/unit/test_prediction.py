@@ -10,7 +10,8 @@ from torch.optim import SGD
 
 from freezeout import FreezeOut, Frozen, Schedule
 from freezeout.errors import CheckpointError, InvalidValue
-from freezeout.lab.prediction import Prediction, RunTimes, warning
+from freezeout.lab.prediction import Prediction, warning
+from freezeout.savings import StepTimes
 from tests.models import linear_net
 
 COSTS = (10.0, 8.0, 6.0, 4.0)
@@ -116,9 +117,9 @@ def test_without_full_steps_their_time_is_predicted(clock: list[float]) -> None:
 
 
 def test_times_go_on_where_a_checkpoint_left_them(clock: list[float]) -> None:
-    times, again = RunTimes(), RunTimes()
+    times, again = StepTimes(since=3), StepTimes()
 
-    def make(times: RunTimes, steps: int) -> None:
+    def make(times: StepTimes, steps: int) -> None:
         for step in range(steps):
             clock[0] += 2.0 + step % 3
             times.served = step % 2 == 1
@@ -128,9 +129,10 @@ def test_times_go_on_where_a_checkpoint_left_them(clock: list[float]) -> None:
     again.load(json.loads(json.dumps(times.state())))
     assert again.by_depth() == times.by_depth()
     assert again.state() == times.state()
+    assert again.since == 3
     make(again, 200)
     assert sum(steps for steps, _ in again.by_depth().values()) == 209
-    assert max(len(seconds) for *_, seconds in again.state()) <= 64
+    assert max(len(seconds) for *_, seconds in again.state()["kinds"]) <= 64
 
 
 def test_before_the_first_step_nothing_is_said() -> None:

@@ -335,7 +335,7 @@ def lived(changes: Any, steps: int) -> list[int]:
 
 def test_the_plans_docstring_examples_hold() -> None:
     result = doctest.testmod(freezeout.plan)
-    assert (result.failed, result.attempted) == (0, 10)
+    assert (result.failed, result.attempted) == (0, 12)
 
 
 @properties
