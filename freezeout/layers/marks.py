@@ -127,10 +127,6 @@ def take_off(model: nn.Module) -> bool:
         layer.unfreeze()
     found = bool(layers)
     for module in modules:
-        if (mark := mark_of(module)) is not None:  # a copy's, made past `__reduce_ex__`
-            mark.module = module
-            mark.take_off()
-            found = True
         for name, value in _without_hooks(vars(module)).items():
             getattr(module, name).clear()
             getattr(module, name).update(value)
