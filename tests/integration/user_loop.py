@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from torch.optim import SGD, Adagrad, AdamW, Muon, Optimizer
+from torch.optim import SGD, Adagrad, AdamW, Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, OneCycleLR
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.checkpoint import checkpoint
@@ -25,6 +25,7 @@ from freezeout import FreezeOut, Frozen, Plan, Schedule
 
 TOTAL = 16
 EARLY = Schedule(0.3, "linear")
+_CPU = torch.device("cpu")
 _BATCHES = 5  # an epoch; freezes come in the middle of epochs
 
 
@@ -42,7 +43,7 @@ class Configuration:
 def _muon(model: nn.Module) -> list[Optimizer]:
     matrices = [model.get_parameter("2.weight"), model.get_parameter("5.weight")]
     rest = [p for p in model.parameters() if all(p is not matrix for matrix in matrices)]
-    return [Muon(matrices, lr=0.02), AdamW(rest, lr=0.01)]
+    return [torch.optim.Muon(matrices, lr=0.02), AdamW(rest, lr=0.01)]
 
 
 CONFIGURATIONS = {
@@ -57,13 +58,6 @@ CONFIGURATIONS = {
         clip=True,
         scaler=True,
     ),
-    "muon": Configuration(
-        _muon,
-        lambda o: CosineAnnealingLR(o, TOTAL),
-        scaler=True,
-        clip=True,
-        checkpointing=True,
-    ),
     "adagrad": Configuration(
         lambda m: [Adagrad(m.parameters(), 0.05, lr_decay=0.1)],
         lambda o: CosineAnnealingLR(o, TOTAL),
@@ -76,6 +70,14 @@ CONFIGURATIONS = {
         plan=Frozen(2, then=EARLY),
     ),
 }
+if hasattr(torch.optim, "Muon"):  # from torch 2.9 on
+    CONFIGURATIONS["muon"] = Configuration(
+        _muon,
+        lambda o: CosineAnnealingLR(o, TOTAL),
+        scaler=True,
+        clip=True,
+        checkpointing=True,
+    )
 
 
 class Net(nn.Sequential):
@@ -124,24 +126,32 @@ class Sampler:
 
 
 class Random:
-    """torch's global generator, as a part with a state."""
+    """torch's global generators, as a part with a state."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
 
     def state_dict(self) -> dict[str, Any]:
-        return {"cpu": torch.get_rng_state()}
+        state = {"cpu": torch.get_rng_state()}
+        if self._device.type == "cuda":
+            state["cuda"] = torch.cuda.get_rng_state(self._device)
+        return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         torch.set_rng_state(state["cpu"])
+        if self._device.type == "cuda":
+            torch.cuda.set_rng_state(state["cuda"], self._device)
 
 
 class Loop:
     """All that a user builds, and the loop."""
 
-    def __init__(self, configuration: Configuration) -> None:
+    def __init__(self, configuration: Configuration, device: torch.device = _CPU) -> None:
         torch.manual_seed(0)
-        self.configuration = configuration
-        self.data = torch.randn(_BATCHES * 6, 5)
-        self.labels = torch.randint(3, (len(self.data),))
-        self.model = Net(configuration.checkpointing)
+        self.configuration, self.device = configuration, device
+        self.data = torch.randn(_BATCHES * 6, 5).to(device)
+        self.labels = torch.randint(3, (len(self.data),)).to(device)
+        self.model = Net(configuration.checkpointing).to(device)
         self.optimizers = configuration.optimizers(self.model)
         self.freezer = FreezeOut(
             self.model,
@@ -152,7 +162,7 @@ class Loop:
         )
         self.schedulers = [configuration.scheduler(each) for each in self.optimizers]
         self.scaler = torch.amp.GradScaler(
-            "cpu", init_scale=64.0, growth_interval=4, enabled=configuration.scaler
+            device.type, init_scale=64.0, growth_interval=4, enabled=configuration.scaler
         )
         self.average = AveragedModel(self.model)
         self.sampler = Sampler(len(self.data), 6)
@@ -162,7 +172,12 @@ class Loop:
         named: dict[str, Any] = {"model": self.model, "average": self.average}
         named |= {f"optimizer{i}": each for i, each in enumerate(self.optimizers)}
         named |= {"scheduler": self.schedulers[0], "scaler": self.scaler}
-        return {**named, "freezer": self.freezer, "sampler": self.sampler, "random": Random()}
+        return {
+            **named,
+            "freezer": self.freezer,
+            "sampler": self.sampler,
+            "random": Random(self.device),
+        }
 
     def save(self, file: Path) -> None:
         state = {name: part.state_dict() for name, part in self.parts().items()}
@@ -198,6 +213,23 @@ class Loop:
             self.average.update_parameters(self.model)
             self.freezer.step()
             after(self.freezer.step_count)
+
+
+def same(a: Any, b: Any) -> bool:
+    """Whether two states are equal bit for bit."""
+    if isinstance(a, Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    return bool(a == b)
+
+
+def differences(file: Path, expected: dict[str, Any]) -> list[str]:
+    """Parts of a saved state that are not bit for bit as expected."""
+    state = torch.load(file, weights_only=True)
+    return [key for key in expected if not same(state[key], expected[key])]
 
 
 def main(name: str, path: str, order: str, stop: str) -> None:
