@@ -251,7 +251,7 @@ class FreezeOut:
         if after != before or not self._looked:
             check_unchanged(self.model, self.layers, self._names)
             self._looked = True
-        self.times.record(before)
+        self.times.record(before, self.layers[-1].parameters[0].device)
         self._step += 1
         if after != before:
             self._apply(after)

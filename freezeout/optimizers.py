@@ -17,6 +17,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from .errors import FreezeOutError, InvalidType, InvalidValue
+from .versions import make_state
 
 Group = dict[str, Any]
 
@@ -164,6 +165,7 @@ class SplitOptimizer:
             del self.optimizer.__dict__["step"]
             if self._own_step is not None:
                 self.optimizer.__dict__["step"] = self._own_step
+        make_state(self.optimizer, (p for g in self.optimizer.param_groups for p in g["params"]))
         _ATTACHED.discard(self.optimizer)
 
     def _layer(self, parameter: nn.Parameter) -> int:
@@ -195,6 +197,7 @@ class SplitOptimizer:
     def _before(
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        _refuse_capture(optimizer)
         if self._visible is not None:
             if self._calls:  # the step calls its parent class's step, which has hooks too
                 self._nested += 1
@@ -203,7 +206,7 @@ class SplitOptimizer:
         self.updates += 1
         factors = self._factors()
         groups = optimizer.param_groups
-        self._refresh(groups)
+        self._refresh(groups, factors)
         if self._idle:
             self._ignore_scaler(optimizer)
         for part in self._split:
@@ -251,10 +254,15 @@ class SplitOptimizer:
             part.carry_back(factors[part.layer])
         self._restore()
 
-    def _refresh(self, groups: list[Group]) -> None:
-        """Make the split groups again if the user's groups or the frozen layers have changed."""
+    def _refresh(self, groups: list[Group], factors: Sequence[float]) -> None:
+        """Make the split groups again if the user's groups or the frozen layers have changed.
+
+        While all layers have the same factor, as under a plan that anneals nothing, each group
+        stays whole: a GPU is sent as few kernels as without FreezeOut."""
         num_frozen, is_over = self._num_frozen(), self._is_over()
-        key = num_frozen, is_over, [(id(group), *map(id, group["params"])) for group in groups]
+        is_whole = len(set(factors[num_frozen:])) == 1
+        those = [(id(group), *map(id, group["params"])) for group in groups]
+        key = num_frozen, is_over, is_whole, those
         if key == self._key:
             return
         self._check_added(groups, num_frozen)
@@ -266,8 +274,9 @@ class SplitOptimizer:
             for parameter in group["params"]:
                 layer = self._layer(parameter)
                 if layer >= num_frozen:
-                    layers.setdefault(layer, []).append(parameter)
+                    layers.setdefault(self._last if is_whole else layer, []).append(parameter)
             if not is_over:
+                make_state(self.optimizer, (p for params in layers.values() for p in params))
                 self._split += [_Part(layer, group, layers[layer]) for layer in sorted(layers)]
         if not self._split:  # some optimizers look at their first group, whatever it holds
             self._split = [_Part(self._last, groups[0], [])]
@@ -290,12 +299,25 @@ class SplitOptimizer:
         self._key = None
 
 
+def _refuse_capture(optimizer: Optimizer) -> None:
+    """FreezeOutError if the step is being recorded into a CUDA graph."""
+    begun = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    if begun and torch.cuda.is_current_stream_capturing():
+        raise FreezeOutError(
+            f"{type(optimizer).__name__}.step() runs in a CUDA graph capture: each replay would "
+            "train the layers that train now, frozen ones too, at the learning rates of now. "
+            "Capture the forward and backward passes alone, anew whenever FreezeOut.step() returns "
+            "layers, and call optimizer.step() outside; or use "
+            "freezeout.parallel.compile_layers(freezer)"
+        )
+
+
 def _bytes(value: Any) -> int:
     return value.numel() * value.element_size() if isinstance(value, torch.Tensor) else 0
 
 
 class _Part:
-    """The share of one of the user's groups in one layer."""
+    """The share of one of the user's groups in one layer, or in all that are trained alike."""
 
     def __init__(self, layer: int, origin: Group, parameters: list[nn.Parameter]) -> None:
         self.layer, self._origin, self._parameters = layer, origin, parameters

@@ -6,13 +6,15 @@ depth, it is predicted from the layers' counted FLOPs: a trained layer's backwar
 its forward pass, a frozen layer runs forward only, and where a cache serves not at all.
 """
 
-import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
+import torch
+
+from .clock import Laps
 from .layers import Layer
 
 _SAMPLES = 64  # durations kept of each kind of step, for medians
@@ -22,8 +24,9 @@ Kind = tuple[int, bool]  # layers frozen, and whether a cache served what they c
 
 
 class StepTimes:
-    """Seconds between two calls of `FreezeOut.step()`: by the number of frozen layers, and by
-    whether a cache served. Those of one process, unless its `state()` is loaded in another.
+    """Seconds between two calls of `FreezeOut.step()`, of the device's own time on CUDA: by the
+    number of frozen layers, and by whether a cache served. Those of one process, unless its
+    `state()` is loaded in another.
 
     Attributes:
         since: the step of the run from which on they were taken.
@@ -35,19 +38,24 @@ class StepTimes:
         self.since = since
         self.counts: dict[Kind, int] = {}
         self._seconds: dict[Kind, deque[float]] = {}
-        self._clock: float | None = None
+        self._laps = Laps()
         self.served = False
 
-    def record(self, depth: int) -> None:
+    def record(self, depth: int, device: torch.device) -> None:
         """A step has been made with `depth` layers frozen."""
-        now, kind = time.perf_counter(), (depth, self.served)
+        kind = depth, self.served
         self.counts[kind] = self.counts.get(kind, 0) + 1
-        if self._clock is not None:
-            self._seconds.setdefault(kind, deque(maxlen=_SAMPLES)).append(now - self._clock)
-        self._clock, self.served = now, False
+        self._laps.mark(kind, device)
+        self._harvest()
+        self.served = False
+
+    def _harvest(self) -> None:
+        for kind, seconds in self._laps.ended():
+            self._seconds.setdefault(kind, deque(maxlen=_SAMPLES)).append(seconds)
 
     def state(self) -> dict[str, Any]:
         """Plain values, for who wants the times of a whole run, in whatever processes."""
+        self._harvest()
         kinds = [
             [depth, served, count, list(self._seconds.get((depth, served), ()))]
             for (depth, served), count in self.counts.items()
@@ -63,12 +71,14 @@ class StepTimes:
 
     def median(self, kind: Kind, least: int = 1) -> float | None:
         """Seconds of such a step; None: fewer than `least` have been measured."""
+        self._harvest()
         seconds = self._seconds.get(kind, ())
         return median(seconds) if len(seconds) >= least else None
 
     def by_depth(self) -> dict[int, tuple[int, float | None]]:
         """For each number of frozen layers: the steps, and the median of their seconds, served or
         not; None before there were two in a row."""
+        self._harvest()
         found: dict[int, tuple[int, float | None]] = {}
         for depth in sorted({depth for depth, _ in self.counts}):
             kinds = [kind for kind in self.counts if kind[0] == depth]

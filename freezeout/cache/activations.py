@@ -1,13 +1,14 @@
 """The activations of a data set's samples, in a store, at the depths at which they were taken."""
 
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ..clock import Laps
 from ..errors import CacheError, InvalidValue
 from ..layers import Layer
 from ..words import first_line
@@ -41,6 +42,7 @@ class Activations:
     ) -> None:
         self.store = store
         self._depths, self._dtype, self._stats, self._tell = depths, dtype, stats, tell
+        self._laps = Laps()
         self._layouts: dict[int, Layout] = {}
         self._fingerprints = Fingerprints(layers)
         self.ready: set[int] = set()  # depths that the store was told of
@@ -128,40 +130,47 @@ class Activations:
 
     def read(self, depth: int, batch: Batch, keys: Keys) -> list[Tensor]:
         """The frontier's tensors for these samples, all of which are held at that depth."""
-        begin = time.perf_counter()
         layout = self._layouts[depth]
-        if layout.is_ragged:
-            tensors = layout.from_records(self.store.read(keys), _lengths(batch), batch.time)
-        else:
-            tensors = layout.from_rows(self.store.read_rows(keys))
-        self._stats.read_seconds += time.perf_counter() - begin
-        return tensors
+        with self._timed("read_seconds"):
+            if layout.is_ragged:
+                return layout.from_records(self.store.read(keys), _lengths(batch), batch.time)
+            return layout.from_rows(self.store.read_rows(keys))
 
     def write(
         self, depth: int, batch: Batch, keys: Keys, inputs: Any, fits: Any, tensors: list[Tensor]
     ) -> list[Tensor]:
         """Store what fits; returns the tensors as reading will give them. CacheError if they
         overflow the type that they are stored in."""
-        begin = time.perf_counter()
         layout = self._layouts[depth]
         if layout.overflows(tensors):
             raise CacheError("an activation is too large for fp16; use bf16 or fp32")
         rows = np.flatnonzero(fits)
         try:
-            if len(rows) and layout.is_ragged:
-                records = layout.to_records(tensors, _lengths(batch))
-                self.store.write(keys[rows], [records[i] for i in rows], depth, inputs[rows])
-            elif len(rows):
-                whole = layout.to_rows(tensors)
-                chosen = whole
-                if len(rows) < len(whole):
-                    chosen = whole[torch.from_numpy(rows).to(whole.device)]
-                self.store.write_rows(keys[rows], chosen, depth, inputs[rows])
+            with self._timed("write_seconds"):
+                if len(rows) and layout.is_ragged:
+                    records = layout.to_records(tensors, _lengths(batch))
+                    self.store.write(keys[rows], [records[i] for i in rows], depth, inputs[rows])
+                elif len(rows):
+                    whole = layout.to_rows(tensors)
+                    chosen = whole
+                    if len(rows) < len(whole):
+                        chosen = whole[torch.from_numpy(rows).to(whole.device)]
+                    self.store.write_rows(keys[rows], chosen, depth, inputs[rows])
         except OSError as error:
             self._writes = False
             self._tell(f"cannot write to the cache ({error.strerror}); nothing more is stored")
-        self._stats.write_seconds += time.perf_counter() - begin
         return layout.rounded(tensors)
+
+    @contextmanager
+    def _timed(self, name: str) -> Iterator[None]:
+        """Counts the seconds of what happens inside; on CUDA, later, those of the device."""
+        device = self.store.serve_on
+        self._laps.mark(None, device)
+        yield
+        self._laps.mark(name, device)
+        for lap, seconds in self._laps.ended():
+            if lap is not None:
+                setattr(self._stats, lap, getattr(self._stats, lap) + seconds)
 
     def emptied(self, plan: Plan, batch: Batch, tensors: list[Tensor]) -> list[Tensor]:
         """These tensors with padding empty as it will be read, and not rounded."""

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ..atomic import temporary_name, write_atomically
 from ..errors import CacheError, InvalidValue
-from .store import INDEX, Keys, Store
+from .store import INDEX, Keys, Store, in_memory
 
 try:
     import fcntl
@@ -193,7 +193,7 @@ class FileStore(Store):
         write_atomically(self.path / HEADER, json.dumps(header, indent=1) + "\n")
 
     def write_rows(self, keys: Keys, rows: Tensor, depth: int, inputs: Any) -> None:
-        self.write(keys, list(rows.cpu()), depth, inputs)
+        self.write(keys, list(in_memory(rows)), depth, inputs)
 
     def write(self, keys: Keys, records: Sequence[Tensor], depth: int, inputs: Any) -> None:
         self.index["depth"][keys] = 0

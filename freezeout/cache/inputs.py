@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten_with_path, tree_unflatten
 
 from ..errors import InvalidType, InvalidValue
+from ..versions import Structure
 from .placeholders import Unservable
 
 _LOOKED_AT = 32 << 10  # bytes of a sample that its checksum covers: all, or evenly spread
@@ -46,8 +47,9 @@ class Batch:
         mask = kwargs.get(_MASK)
         if isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[0] == size:
             self._read_mask(mask)
-        self.kind = (self._tree, tuple(map(self._sized, self._leaves, self._rows)))
-        self.family = (self._tree, tuple(map(_unsized, self._leaves)))
+        structure = Structure(self._tree)
+        self.kind = (structure, tuple(map(self._sized, self._leaves, self._rows)))
+        self.family = (structure, tuple(map(_unsized, self._leaves)))
 
     def _read_mask(self, mask: Tensor) -> None:
         mask = mask.detach().cpu() != 0
@@ -136,8 +138,9 @@ class Batch:
         total = torch.zeros(self.size, dtype=torch.int64)
         for name, leaf, has_rows in zip(self._names, self._leaves, self._rows, strict=True):
             if has_rows and name not in _LABELS:
-                total += 31 * total + _row_sums(leaf.detach(), self.lengths, self.time).cpu()
-        return total.numpy()
+                sums = _row_sums(leaf.detach(), self.lengths, self.time)
+                total = 32 * total.to(sums.device, non_blocking=not total.is_cuda) + sums
+        return total.cpu().numpy()  # the one wait for a device
 
 
 def check_ids(ids: Any, num_samples: int) -> np.ndarray[Any, np.dtype[np.int64]]:
@@ -167,7 +170,8 @@ def _row_sums(
 ) -> Tensor:
     """(B,) int64: sums of the bits, each weighted by its place."""
     if lengths is not None and leaf.ndim >= 2 and leaf.shape[1] == time:
-        inside = (torch.arange(time)[None] < lengths[:, None]).to(leaf.device)
+        inside = torch.arange(time)[None] < lengths[:, None]
+        inside = inside.to(leaf.device, non_blocking=True)
         flat = leaf.flatten(2) if leaf.ndim > 2 else leaf[:, :, None]
         flat = flat[:, :, :: -(-flat.shape[2] // _CHANNELS) or 1]
         bits = (_bits(flat.contiguous()) * inside[:, :, None]).flatten(1)

@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 from ..clock import seconds_of, wait
 from ..layers import Layer
 from ..layers.scratch import scratch, uncompiled
+from ..versions import no_grad
 from .inputs import Batch
 from .store import ALIGNMENT, Keys, Store, memory_available
 
@@ -119,7 +120,7 @@ def _events(model: nn.Module, batch: Batch, device: torch.device) -> tuple[float
                 stack.callback(handle.remove)
         wait(device)
         begin = time.perf_counter()
-        with torch.no_grad():
+        with no_grad():
             model(*batch.args, **batch.kwargs)
     return begin, events
 

@@ -10,6 +10,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves
 
 from ..layers import Trace
 from ..layers.scratch import close, foreign_generators, generators, scratch, uncompiled
+from ..versions import no_grad
 from .inputs import Batch
 from .placeholders import Unservable, tensors_within
 from .plan import Reached, forward_of, overridden, restore
@@ -200,7 +201,7 @@ def check_draws(model: nn.Module, frozen: set[nn.Module], batch: Batch, real: Re
     for value in (0, 1):
         again = Recorder(model, frozen)
         try:
-            with scratch(model), torch.no_grad(), uncompiled(), _Drawing(model, value):
+            with scratch(model), no_grad(), uncompiled(), _Drawing(model, value):
                 again.record(batch, stop_after=len(real.calls))
         except Exception as error:
             raise Unservable(reason) from error

@@ -12,7 +12,7 @@ class CacheStats:
         advanced: samples taken on from an earlier depth.
         misses: samples computed from the input.
         bypassed: samples of batches that the cache had no part in.
-        read_seconds, write_seconds: spent on the store.
+        read_seconds, write_seconds: spent on the store (on CUDA of its time, added a batch later).
         check_seconds: spent on plans and on comparing with the real forward pass.
     """
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from ..clock import Laps
 from ..errors import CheckpointError, FreezeOutError, InvalidValue
 from ..values import whole_number
 from ..words import first_line
@@ -279,8 +280,9 @@ class _Loop:
         cached = self.cached
         view = None if cached is None else cached.view(self.epoch)
         batches = job.batches(self.epoch, self.batch, view)
+        laps = Laps()
         for number in range(steps):
-            before = time.perf_counter()
+            laps.mark("between", job.device)
             x, y, weight = next(batches)
             net = self.net if cached is None else cached.net(self.epoch, self.batch)
             loss, logits = job.loss(net, x, y)
@@ -294,13 +296,14 @@ class _Loop:
             if weight:
                 sums.add(loss, logits, y)
             self.batch += 1
-            sums.step_seconds.append(time.perf_counter() - before)
+            laps.mark("step", job.device)
             if display.live and (number % 10 == 0 or number == steps - 1):
                 display.step(freezer.step_count, label, loss.item(), freezer.num_frozen)
             if self.stop.agreed(ranks) is not None:
                 break
         job.wait()
         sums.seconds += time.perf_counter() - begin
+        sums.step_seconds += [seconds for name, seconds in laps.ended() if name == "step"]
         self.stop_if_asked()
 
     def stop_if_asked(self) -> None:

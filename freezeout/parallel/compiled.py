@@ -14,7 +14,7 @@ A model that has to be compiled as a whole gets room for a graph a freeze:
 """
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import count
 from typing import Any
@@ -51,12 +51,15 @@ def compile_layers(freezer: FreezeOut, *, ahead: ExampleInputs = None, **options
             training uses. A copy of the model makes a forward and a backward pass on them at
             each depth of the schedule, so that no later freeze compiles anything. Call it under
             the `torch.autocast` of the training loop, if there is one.
-        options: for `torch.compile`, such as `mode="max-autotune"` or `fullgraph=True`.
+        options: for `torch.compile`, such as `mode="max-autotune-no-cudagraphs"` or
+            `fullgraph=True`.
 
     Raises:
-        InvalidValue: the model is compiled already, or `ahead` gives nothing to differentiate.
+        InvalidValue: the model is compiled already, `ahead` gives nothing to differentiate, or
+            the options ask for CUDA graphs.
     """
     _check(freezer)
+    refuse_cuda_graphs(options, {p.device.type for p in freezer.model.parameters()})
     if freezer.model._compiled_call_impl is not None or isinstance(
         freezer.model, torch._dynamo.OptimizedModule
     ):
@@ -138,11 +141,10 @@ class _Kinds:
         found = list(blocks(model, layers))
         # Blocks that look equal may differ in what no guard can share: room for each.
         _raise_limits(len(found))
-        options = {"recompile_limit": _graphs(len(found)), **self._options}
         for layer, block in found:
             kind = _kind(block)
             if kind not in self._runs:
-                self._runs[kind] = torch.compile(_runner(type(block).__name__), **options)
+                self._runs[kind] = torch.compile(_runner(type(block).__name__), **self._options)
             # What Module.compile() sets, too.
             block._compiled_call_impl = partial(_call, self._runs[kind], layer, block)
 
@@ -192,6 +194,22 @@ def _visit(freezer: FreezeOut, kinds: _Kinds, ahead: ExampleInputs) -> None:
                 raise InvalidValue("ahead: the model returns no tensor that requires a gradient")
             torch.autograd.backward(torch.stack(outputs).sum())
             model.zero_grad()
+
+
+def refuse_cuda_graphs(options: Mapping[str, Any], devices: Collection[str]) -> None:
+    """InvalidValue if these options of `torch.compile` make CUDA graphs on one of the devices.
+
+    A CUDA graph keeps its results where it wrote them. Frozen blocks have no backward pass, so that
+    torch takes each of their calls for the beginning of another step, and may write over what an
+    earlier block has returned."""
+    mode = options.get("mode")
+    flag = (options.get("options") or {}).get("triton.cudagraphs", False)
+    if "cuda" in devices and (flag or mode in ("reduce-overhead", "max-autotune")):
+        asked = f"mode={mode!r}" if not flag else "options={'triton.cudagraphs': True}"
+        raise InvalidValue(
+            f"compile_layers() does not take {asked}: it makes CUDA graphs, which do not go with "
+            "blocks that freeze; mode='max-autotune-no-cudagraphs' is the nearest that does"
+        )
 
 
 def _check(freezer: FreezeOut) -> None:

@@ -16,10 +16,11 @@ from torch.nn.functional import cross_entropy
 from torch.optim import SGD, AdamW
 
 from freezeout import FreezeOut, FreezeOutError, Frozen, Layer, Plan, Schedule
+from freezeout.errors import InvalidValue
 from freezeout.lab.models.densenet import DenseNet
 from freezeout.lab.models.wide_resnet import WideResNet
 from freezeout.parallel import allow_stages, compile_layers
-from freezeout.parallel.compiled import blocks
+from freezeout.parallel.compiled import blocks, refuse_cuda_graphs
 from tests.models import TiedTransformer, TransformerBlock, conv_net, images, tokens
 
 # Torch looks there while it traces, and hides the warning in a way that "error" does not respect.
@@ -247,9 +248,28 @@ def test_blocks_that_only_look_equal_are_all_compiled() -> None:
 
 def test_giving_up_is_an_error() -> None:
     freezer = driven(residual(4), vectors, 12)
-    compile_layers(freezer, backend="eager", recompile_limit=2)
-    with pytest.raises(FailOnRecompileLimitHit):
+    compile_layers(freezer, backend="eager")
+    with (
+        torch._dynamo.config.patch(recompile_limit=2),
+        pytest.raises(FailOnRecompileLimitHit),
+    ):
         train(freezer, vectors)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"mode": "reduce-overhead"},
+        {"mode": "max-autotune"},
+        {"options": {"triton.cudagraphs": True}},
+    ],
+)
+def test_cuda_graphs_are_refused_on_a_gpu_by_name(options: dict[str, Any]) -> None:
+    with pytest.raises(InvalidValue, match="makes CUDA graphs, which do not go with") as error:
+        refuse_cuda_graphs(options, {"cuda"})
+    assert str(next(iter(options.values()))) in str(error.value)
+    refuse_cuda_graphs(options, {"cpu"})
+    refuse_cuda_graphs({"mode": "max-autotune-no-cudagraphs", "options": None}, {"cuda"})
 
 
 class Embedded(nn.Module):

@@ -320,6 +320,25 @@ def test_frozen_layers_are_not_shown_to_the_optimizer() -> None:
         freezer.step()
 
 
+def test_groups_stay_whole_while_all_layers_have_the_same_factor() -> None:
+    """So that a plan which anneals nothing sends a GPU no more kernels than plain training."""
+    model = linear_net()
+    optimizer = Plain(model.parameters(), 1.0)
+    plan = Frozen(1, then=Schedule(times=(0.5, 0.8, 1.0), scale_lr=False))
+    freezer = FreezeOut(
+        model, optimizer, STEPS, schedule=plan, anneal=False, example_inputs=vectors(0)[0]
+    )
+    for _ in range(STEPS):
+        update(model, optimizer)
+        kept = freezer.layers[freezer.num_frozen :]
+        assert optimizer.shown == [(1.0, [p for layer in kept for p in layer.parameters])]
+        freezer.step()
+    freezer.release()
+    annealed = FreezeOut(model, optimizer, STEPS, example_inputs=vectors(0)[0])
+    update(model, optimizer)
+    assert len(optimizer.shown) == len(annealed.layers) == 4
+
+
 def test_a_group_added_in_the_middle_is_trained_at_its_layers_rate() -> None:
     model = linear_net()
     optimizer = Plain(list(model.parameters())[2:], 1.0)
@@ -447,6 +466,27 @@ def test_a_gradient_scaler_works_and_skipped_steps_count() -> None:
         changed = not same_tensors(model.state_dict(), before)
         assert changed == (step == 9)
     assert freezer.num_frozen == 1
+
+
+def test_a_step_that_a_cuda_graph_records_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The learning rates, and what is frozen, would be those of the capture for good."""
+    model, optimizer, _ = simple(OPTIMIZERS["nesterov"])
+    update(model, optimizer)
+    groups, before = optimizer.param_groups, copy.deepcopy(model.state_dict())
+    torch.autograd.backward(models.loss_of(model, *vectors(1)))
+    with monkeypatch.context() as capture:
+        capture.setattr(torch.cuda, "is_initialized", lambda: True)
+        capture.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        with pytest.raises(
+            FreezeOutError, match=r"^SGD\.step\(\) runs in a CUDA graph capture"
+        ) as e:
+            optimizer.step()
+    for advice in ("forward and backward passes alone", "anew", "compile_layers(freezer)"):
+        assert advice in str(e.value)
+    assert optimizer.param_groups is groups
+    assert same_tensors(model.state_dict(), before)
+    optimizer.step()  # outside of the capture
+    assert not same_tensors(model.state_dict(), before)
 
 
 # --- saving and loading ---------------------------------------------------------------------
@@ -855,7 +895,7 @@ def test_the_table_shows_every_layer() -> None:
 
 def test_the_summary_is_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter([0, *range(100, 800, 100), 900, *range(950, 1350, 50), *range(2000, 9000)])
-    monkeypatch.setattr("freezeout.savings.time.perf_counter", lambda: float(next(clock)))
+    monkeypatch.setattr("freezeout.clock.time.perf_counter", lambda: float(next(clock)))
     _, _, freezer = simple(schedule=Schedule(times=(0.4, 0.8, 0.9, 1)))
     assert freezer.summary() == "froze 0 of 4 layers; made 0 of 20 steps"
     assert freezer.seconds_saved() is None

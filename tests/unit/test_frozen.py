@@ -484,7 +484,7 @@ def clocked(monkeypatch: pytest.MonkeyPatch, seconds: Sequence[float]) -> None:
     for each in seconds:
         now.append(now[-1] + each)
     times = iter(now)
-    monkeypatch.setattr("freezeout.savings.time.perf_counter", lambda: next(times))
+    monkeypatch.setattr("freezeout.clock.time.perf_counter", lambda: next(times))
 
 
 def test_seconds_of_a_static_prefix_are_predicted_and_said_to_be(

@@ -123,7 +123,7 @@ def test_times_go_on_where_a_checkpoint_left_them(clock: list[float]) -> None:
         for step in range(steps):
             clock[0] += 2.0 + step % 3
             times.served = step % 2 == 1
-            times.record(depth=step // 4)
+            times.record(step // 4, torch.device("cpu"))
 
     make(times, 9)
     again.load(json.loads(json.dumps(times.state())))
