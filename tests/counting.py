@@ -1,11 +1,11 @@
 """A step counted literally: at each depth the layers are really frozen and the step is made."""
 
-import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._pytree import tree_leaves
 
 from freezeout import Layer
@@ -41,17 +41,23 @@ def count_literally(
     for depth in range(len(layers)):
         for layer in layers[:depth]:
             layer.freeze()
-        kept: list[weakref.ref[torch.UntypedStorage]] = []
+        kept: list[tuple[StorageWeakRef, int, int]] = []  # with its address and size
 
         def keep(tensor: Tensor, kept: list[Any] = kept) -> Tensor:
-            kept.append(weakref.ref(tensor.untyped_storage()))
+            storage = tensor.untyped_storage()
+            reference = StorageWeakRef(storage)  # type: ignore[no-untyped-call]
+            kept.append((reference, storage._cdata, storage.nbytes()))
             return tensor
 
         with flop_counter() as counter:
             with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
                 value = loss()
             forward.append(counter.get_total_flops())
-            held = {storage._cdata: storage.nbytes() for each in kept if (storage := each())}
+            held = {
+                address: size
+                for reference, address, size in kept
+                if not reference.expired()  # type: ignore[no-untyped-call]
+            }
             saved.append(sum(size for key, size in held.items() if key not in excluded))
             torch.autograd.backward(value)
             backward.append(counter.get_total_flops() - forward[-1])

@@ -27,7 +27,10 @@ def freeze(layers: Sequence[Layer], optimizer: Optimizer) -> None:
 def allocator_peak_bytes(step: Callable[[], object], tensors: Iterable[Tensor]) -> int:
     """Bytes of `tensors`, there before the step, and the most that torch's CPU allocator had
     handed out at once in it, workspaces of single operations included."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    # Without acc_events torch 2.11 warns that there may be more cycles than one.
+    with profile(
+        activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True
+    ) as profiler:
         step()
     events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
     alive, most = 0, 0

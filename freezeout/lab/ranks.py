@@ -23,6 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ..errors import FreezeOutError
 from ..freezer import FreezeOut
 from ..parallel.ddp import check_equal, check_ranks_agree, rewrap, take_from_rank_0
+from ..versions import SYNC_BUFFERS
 
 T = TypeVar("T")
 
@@ -134,7 +135,8 @@ class Ranks:
         if self.size == 1:
             return model
         # Each rank keeps its own BatchNorm statistics until they are asked for, or frozen.
-        return DistributedDataParallel(model, forward_sync_buffers=False)
+        options: dict[str, Any] = {SYNC_BUFFERS: False}
+        return DistributedDataParallel(model, **options)
 
     def rewrap(self, net: nn.Module) -> nn.Module:
         """What to call in place of `net`, which `wrap` gave, once layers have been frozen."""

@@ -24,6 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..errors import FreezeOutError, InvalidType, InvalidValue
 from ..freezer import FreezeOut
+from ..versions import ddp_options
 
 _MIB = 2**20
 
@@ -75,13 +76,10 @@ def rewrap(ddp: DistributedDataParallel, *, keep_hook: bool = True) -> Distribut
         "process_group": group,
         # By default the first bucket is smaller than the others.
         "bucket_cap_mb": None if ddp.bucket_bytes_cap_default else ddp.bucket_bytes_cap / _MIB,
-        "bucket_cap_mb_list": [size / _MIB for size in ddp.bucket_bytes_cap_list] or None,
         "find_unused_parameters": ddp.find_unused_parameters,
         "gradient_as_bucket_view": ddp.gradient_as_bucket_view,
         "static_graph": ddp.static_graph,
-        "skip_all_reduce_unused_params": ddp.skip_all_reduce_unused_params,
-        "batched_grad_copy": ddp.batched_grad_copy,
-        "forward_sync_buffers": ddp.forward_sync_buffers,
+        **ddp_options(ddp),
     }
     hooks = ddp._comm_hooks
     _take_apart(ddp)

@@ -10,6 +10,7 @@ from torch import nn
 from ..clock import seconds_of
 from ..errors import InvalidValue
 from ..layers import Layer
+from ..versions import no_grad
 
 
 def measure_step_costs(
@@ -78,7 +79,7 @@ def measure_prefix_seconds(
 
     measured = evenly_spaced(len(layers), depths)[1:]
     seconds: dict[int, list[float]] = {depth: [] for depth in measured}
-    with unfrozen(layers) as unfreeze, torch.no_grad():
+    with unfrozen(layers) as unfreeze, no_grad():
         for _ in range(rounds):
             for depth in measured:
                 for layer in layers[:depth]:

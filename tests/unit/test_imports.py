@@ -17,7 +17,7 @@ ORDER = [
     {"plan"},
     {"schedule"},
     {"cost"},
-    {"clock"},
+    {"clock", "versions"},
     {"layers"},
     {"optimizers", "checks", "savings", "planned"},
     {"freezer"},

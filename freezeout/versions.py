@@ -1,0 +1,80 @@
+"""What differs between the versions of torch that are supported, in one place."""
+
+import inspect
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Adagrad, Optimizer
+from torch.utils._pytree import TreeSpec
+
+
+class Structure:
+    """The structure of arguments, as a key: torch 2.7's own hashes the lists in it, and fails."""
+
+    __slots__ = ("_tree",)
+
+    def __init__(self, tree: TreeSpec) -> None:
+        self._tree = tree
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Structure) and self._tree == other._tree
+
+    def __hash__(self) -> int:
+        return hash((self._tree.num_nodes, self._tree.num_leaves))
+
+
+@contextmanager
+def no_grad() -> Iterator[None]:
+    """`torch.no_grad()` for passes within the user's autocast. There torch 2.7 keeps the weights
+    that it casts, and in the training pass that comes next they get no gradients."""
+    cached = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        torch.set_autocast_cache_enabled(cached)
+
+
+def make_state(optimizer: Optimizer, parameters: Iterable[nn.Parameter]) -> None:
+    """Give parameters the state without which a step would fail.
+
+    Optimizers make it in the first step that needs it, but Adagrad, up to torch 2.11 at least,
+    makes it when it is built: what a freeze has dropped would not come back."""
+    if not isinstance(optimizer, Adagrad) or not _adagrad_makes_state_when_built():
+        return
+    wanted = {parameter for parameter in parameters if not optimizer.state.get(parameter)}
+    initial = optimizer.defaults["initial_accumulator_value"]
+    for group in optimizer.param_groups:
+        missing = [parameter for parameter in group["params"] if parameter in wanted]
+        if missing:
+            new = Adagrad(missing, initial_accumulator_value=initial, fused=group["fused"])
+            for parameter in missing:
+                optimizer.state[parameter] = new.state[parameter]
+
+
+@cache
+def _adagrad_makes_state_when_built() -> bool:
+    return bool(Adagrad([torch.zeros(1)]).state)
+
+
+_DDP_OPTIONS = inspect.signature(DistributedDataParallel.__init__).parameters
+
+# What says whether each forward pass takes rank 0's buffers: by another name from torch 2.13 on.
+SYNC_BUFFERS = (
+    "forward_sync_buffers" if "forward_sync_buffers" in _DDP_OPTIONS else "broadcast_buffers"
+)
+
+
+def ddp_options(ddp: DistributedDataParallel) -> dict[str, Any]:
+    """Those of a DistributedDataParallel's options that not every version has."""
+    same = ("skip_all_reduce_unused_params", "batched_grad_copy", SYNC_BUFFERS)
+    options = {name: getattr(ddp, name) for name in same if name in _DDP_OPTIONS}
+    if "bucket_cap_mb_list" in _DDP_OPTIONS:
+        options["bucket_cap_mb_list"] = [n / 2**20 for n in ddp.bucket_bytes_cap_list] or None
+    return options
