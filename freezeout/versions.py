@@ -11,6 +11,10 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Adagrad, Optimizer
 from torch.utils._pytree import TreeSpec
+from torch.utils.hooks import RemovableHandle
+
+_ASKS_FOR_NUMBERS = torch.__version__ < (2, 11)
+_NUMBER = -1  # torch's own start at zero
 
 
 class Structure:
@@ -39,6 +43,19 @@ def no_grad() -> Iterator[None]:
             yield
     finally:
         torch.set_autocast_cache_enabled(cached)
+
+
+def numbered_alike(handle: RemovableHandle) -> RemovableHandle:
+    """The hook, under a number that is the same in all modules. Before torch 2.11 a graph of a block
+    with a hook that takes keyword arguments asks for the hook's number: equal blocks would not
+    share it."""
+    hooks = handle.hooks_dict_ref()
+    if _ASKS_FOR_NUMBERS and hooks is not None and _NUMBER not in hooks:
+        beside = [there for ref in handle.extra_dict_ref if (there := ref()) is not None]
+        for numbered in (hooks, *(there for there in beside if handle.id in there)):
+            numbered[_NUMBER] = numbered.pop(handle.id)
+        handle.id = _NUMBER
+    return handle
 
 
 def make_state(optimizer: Optimizer, parameters: Iterable[nn.Parameter]) -> None:

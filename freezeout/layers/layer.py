@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 from torch.utils.hooks import RemovableHandle
 
+from ..versions import numbered_alike
 from .marks import Mark, mark_of, stopped, trained_again
 
 
@@ -76,7 +77,7 @@ class Layer:
             Mark(module, self, within).put_on()
         for module in self.boundary:
             self._handles += [
-                module.register_forward_pre_hook(_detach_inputs, with_kwargs=True),
+                numbered_alike(module.register_forward_pre_hook(_detach_inputs, with_kwargs=True)),
                 module.register_forward_hook(_detach_output),
             ]
         self.is_frozen = True

@@ -109,7 +109,7 @@ OPTIMIZERS: dict[str, Callable[[], optax.GradientTransformation]] = {
     "accumulated": lambda: optax.MultiSteps(optax.adamw(1e-2, weight_decay=0.1), 3),
     "injected": lambda: optax.inject_hyperparams(optax.adamw)(learning_rate=1e-2),
     "masked": lambda: optax.adamw(1e-2, weight_decay=0.1, mask=is_matrix(jax_loop.params())),
-    "divided": lambda: optax.partition(
+    "divided": lambda: optax.transforms.partition(
         {"matrix": optax.adamw(1e-2), "vector": optax.sgd(1e-2, momentum=0.9)},
         lambda params: jax.tree.map(lambda m: "matrix" if m else "vector", is_matrix(params)),
     ),
