@@ -169,6 +169,8 @@ def _runner(name: str) -> Callable[..., Any]:
 def _call(
     run: Callable[..., Any], layer: Layer, block: nn.Module, *args: Any, **kwargs: Any
 ) -> Any:
+    if layer.is_frozen and layer.passes(args, kwargs):  # which a graph could not tell
+        return block._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
     return run(layer.is_frozen, block, *args, **kwargs)
 
 
