@@ -53,6 +53,7 @@ class Layer:
         self._within: nn.Module | None = None
         # Of calls that a gradient passes through: trained parameters that get none of it.
         self._spared: list[tuple[nn.Module, list[nn.Parameter]]] = []
+        self._guarded: set[nn.Module] = set()  # they get them back after an exception, too
         self.is_frozen = False
         self.freezes = 0
 
@@ -82,9 +83,9 @@ class Layer:
         for module in self.modules:
             Mark(module, self, within).put_on()
         for module in self.boundary:
-            leave = module.register_forward_hook(self._leave, with_kwargs=True, always_call=True)
+            leave = module.register_forward_hook(_leave, with_kwargs=True)
             self._handles += [
-                module.register_forward_pre_hook(self._enter, with_kwargs=True),
+                module.register_forward_pre_hook(_enter, with_kwargs=True),
                 leave,
             ]
             self._leaving[module] = leave.id
@@ -113,14 +114,12 @@ class Layer:
                 module.training = False
         self._handles, self.is_frozen = [], False
         self._leaving.clear()
+        self._guarded.clear()
 
-    def _enter(
+    def enter(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Before a frozen module runs."""
-        if torch.compiler.is_compiling():
-            _seen_by_compiler()
-            return None
         hooks = module._forward_hooks
         if next(reversed(hooks)) != self._leaving[module]:
             hooks[self._leaving[module]] = hooks.pop(self._leaving[module])  # others came since
@@ -131,14 +130,15 @@ class Layer:
             self._spared.append((module, spared))
             for parameter in spared:
                 parameter.requires_grad_(False)
+            if spared and module not in self._guarded:
+                self._guarded.add(module)
+                # Only here: torch.compile makes a graph for each module that has such a hook.
+                self._handles.append(module.register_forward_hook(_end, always_call=True))
             return None
         return tuple(map(detached, args)), {k: detached(v) for k, v in kwargs.items()}
 
-    def _leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+    def leave(self, module: nn.Module, output: Any) -> Any:
         """After a frozen module, and its other hooks, have run."""
-        if torch.compiler.is_compiling():  # which cannot be asked where a gradient goes
-            passes = _need_gradients(args) or _need_gradients(kwargs.values())
-            return None if passes else detached(output)
         if self._spared and self._spared[-1][0] is module:
             for parameter in self._spared.pop()[1]:
                 parameter.requires_grad_(True)
@@ -166,8 +166,8 @@ class Layer:
         return self._reaches_outside(tensors)
 
     def _reaches_outside(self, tensors: Iterable[Any]) -> bool:
-        model = self._within
-        own = set(self.parameters if model is None else model.parameters())
+        whole = self.modules if self._within is None else (self._within,)
+        own = {*self.parameters, *(p for module in whole for p in module.parameters())}
         return any(leaf not in own for leaf in leaves_of(tensors))
 
     def hold(self) -> list[nn.Parameter]:
@@ -240,6 +240,34 @@ def _need_gradients(values: Iterable[Any]) -> bool:
         ):
             return True
     return False
+
+
+# Hooks of frozen modules. Functions, not methods: torch.compile would make a graph for each layer.
+
+
+def _enter(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    if torch.compiler.is_compiling():
+        _seen_by_compiler()
+        return None
+    mark = mark_of(module)
+    return None if mark is None else mark.layer.enter(module, args, kwargs)
+
+
+def _leave(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+    if torch.compiler.is_compiling():  # which cannot be asked where a gradient goes
+        passes = _need_gradients(args) or _need_gradients(kwargs.values())
+        return None if passes else detached(output)
+    mark = mark_of(module)
+    return None if mark is None else mark.layer.leave(module, output)
+
+
+def _end(module: nn.Module, args: Any, output: Any) -> None:
+    """Of a call that an exception has ended, or that `_leave` has seen the end of."""
+    mark = mark_of(module)
+    if output is None and mark is not None and not torch.compiler.is_compiling():
+        mark.layer.leave(module, None)
 
 
 def _seen_by_compiler() -> None:

@@ -186,7 +186,7 @@ def _visit(freezer: FreezeOut, kinds: _Kinds, ahead: ExampleInputs) -> None:
     with random_state_kept(model), torch.enable_grad():
         for depth in sorted({freezer.num_frozen, *to_come}):
             for layer in layers[:depth]:
-                layer.freeze()
+                layer.freeze(model)
             outputs = [
                 output.float().sum()
                 for output in tree_leaves(model(*args, **kwargs))
