@@ -3,29 +3,35 @@ built for, that a state is of the same run, and that updates are counted, not mi
 
 import sys
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import CheckpointFunction
 from torch.utils.hooks import RemovableHandle
 
 from .errors import CheckpointError, FreezeOutError, InvalidValue
 from .layers import Layer
+from .layers.layer import leaves_of, nodes_of
 from .layers.marks import copied_plainly
 from .layers.trace import rows_of
+from .plan import Timeline
 
 _WATCHED = 20  # steps after which missing updates are told
+_BEGINNING = 2  # steps in which every forward pass is asked where its input comes from
 
 
 class EngagedCheck:
     """Looks, in one training forward pass after each freeze, whether freezing did its work.
 
-    Armed, it has two hooks on the model; after that forward pass they are gone.
+    Armed, it has two hooks on the model; after that forward pass they are gone. Those of the
+    beginning stay for two steps: a discriminator, say, sees a generator's images only in its
+    second forward pass, and what that means is better said before anything freezes.
     What it finds it warns of, once a kind, naming the module and the culprit. Reentrant activation
     checkpointing is refused, in the first training forward pass of all.
 
@@ -37,10 +43,11 @@ class EngagedCheck:
         self._model, self._layers = model, layers
         self._handles: list[RemovableHandle] = []  # on the model, while armed
         self._inside: list[RemovableHandle] = []  # on its parts, for one forward pass
-        self._names: dict[nn.Module, str] = {}  # of the layers of modules with hooks
+        self._owners: dict[nn.Module, Layer] = {}  # of modules with hooks
         self._active = False  # a training forward pass is running
         self._found: dict[str, str] = {}  # what is wrong with it: kind, message
         self._told: set[str] = set()
+        self._steps_left = _BEGINNING
         # Of frozen norms: layer, batches counted, and how many they were; None: not yet known.
         self._counters: list[tuple[str, Tensor, Tensor]] | None = None
         self.to_verify = False
@@ -65,21 +72,27 @@ class EngagedCheck:
             for module in layer.boundary if layer.is_frozen else layer.modules:
                 if module is model or module in compiled:
                     continue
-                self._names[module] = layer.name
+                self._owners[module] = layer
                 if layer.is_frozen:
                     yield module.register_forward_pre_hook(
                         self._enter_frozen, prepend=True, with_kwargs=True
                     )
-                    yield module.register_forward_hook(self._leave_frozen)
                 else:
                     yield module.register_forward_pre_hook(self._enter_trained)
+
+    def _tell_passes(self) -> None:
+        if "passes" not in self._told:
+            self._told.add("passes")
+            warnings.warn(
+                "what comes into the model requires a gradient: it passes through frozen layers, "
+                "whose parameters get none, so such passes save less than others",
+                stacklevel=4,
+            )
 
     def disarm(self) -> None:
         """Stop looking; take every hook away."""
         self._leave()
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        self._take_away()
         self._counters, self.to_verify = None, False
 
     def _leave(self) -> None:
@@ -87,11 +100,15 @@ class EngagedCheck:
         for handle in self._inside:
             handle.remove()
         self._inside.clear()
-        self._names.clear()
+        self._owners.clear()
         self._active = False
 
     def verify(self) -> None:
         """After the update that follows a freeze: no frozen norm has counted a batch."""
+        if self._steps_left:
+            self._steps_left -= 1
+            if not self._steps_left:
+                self._take_away()
         if self._counters is None:
             self._counters = self._count()
             return
@@ -103,7 +120,7 @@ class EngagedCheck:
                     "from before the freeze still runs: a stale compiled graph "
                     "(skip_guard_eval_unsafe, a CUDA graph), or `.training` set by hand",
                 )
-        self._counters, self.to_verify = None, False
+        self._counters, self.to_verify = None, self._steps_left > 0
         self._tell()
 
     def _count(self) -> list[tuple[str, Tensor, Tensor]]:
@@ -134,6 +151,9 @@ class EngagedCheck:
         self._active = model.training and torch.is_grad_enabled()
         if self._active:
             self.rows = rows_of(args, kwargs or {}) or self.rows
+            own = set(model.parameters())
+            if any(leaf not in own for leaf in leaves_of(tree_leaves((args, kwargs)))):
+                self._tell_passes()
             _check_reducer(model)
             self._inside += self._look_inside(model)
 
@@ -141,31 +161,13 @@ class EngagedCheck:
         if torch.compiler.is_compiling() or not self._active or torch.is_grad_enabled():
             return
         if _in_reentrant_checkpoint(sys._getframe()):
-            self._refuse_reentrant(f"layer {self._names[module]!r}")
+            self._refuse_reentrant(f"layer {self._owners[module].name!r}")
 
     def _enter_frozen(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         if torch.compiler.is_compiling() or not self._active:
             return
-        own = set(self._model.parameters())
-        # A weight that is tied to a later layer, and still trained, may well come in.
-        if any(variable not in own for variable in _leaves((args, kwargs))):
-            self._find(
-                "input",
-                f"the input of frozen layer {self._names[module]!r} requires a gradient, and will "
-                "get none: frozen layers pass none on. Take requires_grad off the input; what is "
-                "trained through a model (a generator through a discriminator, a learnt prompt) "
-                "needs one that is not frozen",
-            )
-
-    def _leave_frozen(self, module: nn.Module, args: object, output: Any) -> None:
-        if torch.compiler.is_compiling() or not self._active:
-            return
-        if any(isinstance(value, Tensor) and value.requires_grad for value in tree_leaves(output)):
-            self._find(
-                "output",
-                f"the output of frozen layer {self._names[module]!r} requires a gradient all the "
-                "same: a forward hook that was added after the freeze makes it so",
-            )
+        if self._owners[module].passes(args, kwargs):
+            self._tell_passes()
 
     def _end(self, model: nn.Module, args: object, output: Any) -> None:
         if torch.compiler.is_compiling() or not self._active:
@@ -177,10 +179,10 @@ class EngagedCheck:
         frozen: dict[Tensor, str] = {
             p: layer.name for layer in self._layers if layer.is_frozen for p in layer.parameters
         }
-        nodes = set(_nodes(output))
+        nodes = set(nodes_of(tree_leaves(output)))
         if any(node.name() == "CheckpointFunctionBackward" for node in nodes):
             self._refuse_reentrant("the model")
-        for variable in _leaves(output):
+        for variable in leaves_of(tree_leaves(output)):
             if variable in frozen and not variable.requires_grad:
                 self._find(
                     "graph",
@@ -195,10 +197,14 @@ class EngagedCheck:
                 f"frozen layers ({len(set(frozen.values()))} of them): a stale compiled graph "
                 "(skip_guard_eval_unsafe); compile again",
             )
+        if not self._steps_left:
+            self._take_away()
+        self._tell()
+
+    def _take_away(self) -> None:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        self._tell()
 
     def _find(self, kind: str, message: str) -> None:
         if not self._found:  # what follows may well be the same culprit's
@@ -266,26 +272,6 @@ def _in_reentrant_checkpoint(frame: FrameType | None) -> bool:
             return True
         frame = frame.f_back
     return False
-
-
-def _nodes(values: Any) -> Iterator[Any]:
-    """Every node that a backward pass from any tensor among the values would visit."""
-    waiting = [value.grad_fn for value in tree_leaves(values) if isinstance(value, Tensor)]
-    seen: set[Any] = set()
-    while waiting:
-        node = waiting.pop()
-        if node is not None and node not in seen:
-            seen.add(node)
-            yield node
-            waiting += [following for following, _ in node.next_functions]
-
-
-def _leaves(values: Any) -> Iterator[Tensor]:
-    """Every tensor that a backward pass from any tensor among the values would give a gradient."""
-    for value in tree_leaves(values):
-        if isinstance(value, Tensor) and value.requires_grad and value.is_leaf:
-            yield value
-    yield from (node.variable for node in _nodes(values) if hasattr(node, "variable"))
 
 
 def _is_stale(node: Any) -> bool:
@@ -370,6 +356,56 @@ def _first_difference(theirs: list[str], mine: list[str]) -> str:
         if a != b:
             return f"{a!r} as layer {i}, this model {b!r}"
     return f"{len(theirs)} layers, this model {len(mine)}"
+
+
+class GradientWatch:
+    """Sees in the first update which layers the loss gives a gradient.
+
+    The last layer never freezes, so that something trains to the end. If the loss does not use it
+    (a pooler, under a mean over tokens), all that the loss does use would freeze in time, and
+    torch would find nothing to differentiate.
+    """
+
+    def __init__(
+        self, layers: Sequence[Layer], optimizers: Iterable[Optimizer], timeline: Timeline
+    ) -> None:
+        self._layers, self._timeline = layers, timeline
+        self._reached: set[int] = set()
+        # After the step, since a closure computes gradients in it.
+        self._handles = {each: each.register_step_post_hook(self._after) for each in optimizers}
+
+    def _after(self, optimizer: Optimizer, args: object, kwargs: object) -> None:
+        """Each optimizer's first update: by another's, gradients may be gone."""
+        if not any(p.grad is not None for g in optimizer.param_groups for p in g["params"]):
+            return
+        self._reached |= {
+            i
+            for i, layer in enumerate(self._layers)
+            if any(p.grad is not None for p in layer.parameters)
+        }
+        self._handles.pop(optimizer).remove()
+        if not self._handles and self._reached:
+            self._check(max(self._reached))
+
+    def _check(self, last: int) -> None:
+        """FreezeOutError if the last layer that the loss uses is to be frozen."""
+        if max(self._timeline.depths) <= last:
+            return
+        unused = [repr(layer.name) for layer in self._layers[last + 1 :]]
+        raise FreezeOutError(
+            f"the loss does not use {' and '.join(unused)}: no gradient came there in the first "
+            f"update. Layer {self._layers[last].name!r}, the last one that the loss does use, "
+            f"would be frozen from step {self._timeline.freeze_steps[last]} on, and nothing would "
+            "be left to train. Call requires_grad_(False) on what the loss does not use before "
+            "you build the optimizer and FreezeOut; or, if a loss on it comes later, give layers= "
+            "with it and an earlier layer as one"
+        )
+
+    def remove(self) -> None:
+        """Stop looking."""
+        for handle in self._handles.values():
+            handle.remove()
+        self._handles.clear()
 
 
 class UpdateWatch:

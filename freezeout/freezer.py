@@ -10,7 +10,7 @@ from weakref import WeakSet
 from torch import nn
 from torch.optim import Optimizer
 
-from .checks import EngagedCheck, UpdateWatch, check_state, check_unchanged
+from .checks import EngagedCheck, GradientWatch, UpdateWatch, check_state, check_unchanged
 from .cost import check_one_a_layer, saving
 from .errors import CheckpointError, FreezeOutError, InvalidType, InvalidValue
 from .layers import ExampleInputs, Layer, OrderCheck, find_layers, given_layers
@@ -146,6 +146,7 @@ class FreezeOut:
         self._looked = False  # whether the model was changed
         self._watch: UpdateWatch | None = UpdateWatch()
         self._engaged = EngagedCheck(model, self.layers)
+        self._gradients = GradientWatch(self.layers, optimizers, self.timeline)
         self._apply(self.num_frozen)
         _DRIVING.add(self)
         if planned.given:
@@ -330,6 +331,7 @@ class FreezeOut:
         self._released = True
         self._apply(0)
         self._engaged.disarm()
+        self._gradients.remove()
         for optimizer in self._optimizers:
             optimizer.detach()
         if self._order_check is not None:

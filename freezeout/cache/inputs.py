@@ -67,6 +67,11 @@ class Batch:
         return _plain(leaf)
 
     @property
+    def requires_grad(self) -> bool:
+        """Whether any argument does."""
+        return any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in self._leaves)
+
+    @property
     def has_rows(self) -> bool:
         """Whether any argument has a row for each sample."""
         return any(self._rows)

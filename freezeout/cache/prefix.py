@@ -200,6 +200,10 @@ class PrefixCache:
             raise Unservable("no argument has a row for each id")
         if batch.left_padded:
             raise Unservable("attention_mask pads on the left; only padding on the right is served")
+        if torch.is_grad_enabled() and batch.requires_grad:
+            raise Unservable(
+                "an input requires a gradient, which has to pass through the frozen layers"
+            )
         numerics = self._numerics_of(batch)
         if self._numerics is None:
             self._numerics = numerics

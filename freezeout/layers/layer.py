@@ -1,12 +1,12 @@
 """`Layer`: modules and parameters that freeze together, and what freezing does to them."""
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.hooks import RemovableHandle
 
 from ..versions import numbered_alike
@@ -50,6 +50,11 @@ class Layer:
         self.boundary = self.modules if boundary is None else tuple(boundary)
         self.cost = cost
         self._handles: list[RemovableHandle] = []  # while frozen
+        self._leaving: dict[nn.Module, int] = {}  # the number of the hook at its end
+        self._within: nn.Module | None = None
+        # Of calls that a gradient passes through: trained parameters that get none of it.
+        self._spared: list[tuple[nn.Module, list[nn.Parameter]]] = []
+        self._guarded: set[nn.Module] = set()  # they get them back after an exception, too
         self.is_frozen = False
         self.freezes = 0
 
@@ -64,22 +69,27 @@ class Layer:
         put in evaluation mode while it trained. Without it, the mode that each was last asked for.
 
         Its parameters require no gradient and lose the one they hold; its modules are in
-        evaluation mode *for good*: `train()` on them or on a parent does not wake them. What comes
-        in and goes out of them is detached, so that no gradient passes and no autograd node is
-        made, even where an input requires a gradient or a weight shared with a later layer is
-        still trained. Deep copies and pickles of the model are ordinary, nothing of them frozen.
+        evaluation mode *for good*: `train()` on them or on a parent does not wake them. What goes
+        out of them is detached, so that no autograd node is made, even where a weight shared with
+        a later layer is still trained. But where what comes in depends on something outside the
+        model that requires a gradient, or is that itself (a generator's image, an adversarial
+        input, a soft prompt), the gradient passes, and still no parameter gets one here. Deep
+        copies and pickles of the model are ordinary, nothing of them frozen.
         """
         if self.is_frozen:
             return
+        self._within = within
         for parameter in self.parameters:
             stopped(parameter)
         for module in self.modules:
             Mark(module, self, within).put_on()
         for module in self.boundary:
+            leave = numbered_alike(module.register_forward_hook(_leave, with_kwargs=True))
             self._handles += [
-                numbered_alike(module.register_forward_pre_hook(_detach_inputs, with_kwargs=True)),
-                module.register_forward_hook(_detach_output),
+                numbered_alike(module.register_forward_pre_hook(_enter, with_kwargs=True)),
+                leave,
             ]
+            self._leaving[module] = leave.id
         self.is_frozen = True
         self.freezes += 1
 
@@ -104,6 +114,62 @@ class Layer:
             if not training:
                 module.training = False
         self._handles, self.is_frozen = [], False
+        self._leaving.clear()
+        self._guarded.clear()
+
+    def enter(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Before a frozen module runs."""
+        hooks = module._forward_hooks
+        if next(reversed(hooks)) != self._leaving[module]:
+            hooks[self._leaving[module]] = hooks.pop(self._leaving[module])  # others came since
+        if not _need_gradients(args) and not _need_gradients(kwargs.values()):
+            return None
+        if self.passes(args, kwargs):
+            spared = [p for p in module.parameters() if p.requires_grad]
+            self._spared.append((module, spared))
+            for parameter in spared:
+                parameter.requires_grad_(False)
+            if spared and module not in self._guarded:
+                self._guarded.add(module)
+                # Only here: torch.compile makes a graph for each module that has such a hook.
+                self._handles.append(module.register_forward_hook(_end, always_call=True))
+            return None
+        return tuple(map(detached, args)), {k: detached(v) for k, v in kwargs.items()}
+
+    def leave(self, module: nn.Module, output: Any) -> Any:
+        """After a frozen module, and its other hooks, have run."""
+        if self._spared and self._spared[-1][0] is module:
+            for parameter in self._spared.pop()[1]:
+                parameter.requires_grad_(True)
+            return None
+        if not _need_gradients((output,)) or self._is_joined(output):
+            return None
+        return detached(output)
+
+    def passes(self, args: Any, kwargs: Any) -> bool:
+        """Whether something that comes in needs a gradient for what lies outside of the model."""
+        return self._reaches_outside(tree_leaves((args, kwargs)))
+
+    def _is_joined(self, output: Any) -> bool:
+        """Whether a hook has joined to the output what needs a gradient outside of the model.
+
+        A tensor without a history, that a hook has made require a gradient, is none: so activation
+        checkpointing is told not to stop before a frozen embedding, and all savings would be lost.
+        But while the model is in evaluation mode somebody wants to look at that gradient.
+        """
+        tensors = [value for value in tree_leaves(output) if isinstance(value, Tensor)]
+        if self._within is not None and any(hasattr(m, "unshard") for m in self._within.modules()):
+            return False  # FSDP2: what the model's own parameters are cannot be told
+        if self._within is None or self._within.training:
+            tensors = [tensor for tensor in tensors if not tensor.is_leaf]
+        return self._reaches_outside(tensors)
+
+    def _reaches_outside(self, tensors: Iterable[Any]) -> bool:
+        whole = self.modules if self._within is None else (self._within,)
+        own = {*self.parameters, *(p for module in whole for p in module.parameters())}
+        return any(leaf not in own for leaf in leaves_of(tensors))
 
     def hold(self) -> list[nn.Parameter]:
         """The parameters that were made to require a gradient again behind the freeze's back; they
@@ -143,12 +209,66 @@ def detached(value: Any) -> Any:
     return tree_map_only(Tensor, Tensor.detach, value)
 
 
-def _detach_inputs(
+def leaves_of(values: Iterable[Any]) -> Iterator[Tensor]:
+    """Every tensor that a backward pass from any tensor among the values would give a gradient."""
+    values = list(values)
+    for value in values:
+        if isinstance(value, Tensor) and value.requires_grad and value.is_leaf:
+            yield value
+    yield from (node.variable for node in nodes_of(values) if hasattr(node, "variable"))
+
+
+def nodes_of(values: Iterable[Any]) -> Iterator[Any]:
+    """Every node that a backward pass from any tensor among the values would visit."""
+    waiting = [value.grad_fn for value in values if isinstance(value, Tensor)]
+    seen: set[Any] = set()
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            yield node
+            waiting += [following for following, _ in node.next_functions]
+
+
+def _need_gradients(values: Iterable[Any]) -> bool:
+    """Whether a tensor among the values, or in a structure among them, requires a gradient."""
+    for value in values:
+        if isinstance(value, Tensor):  # by far the most frequent case
+            if value.requires_grad:
+                return True
+        elif value is not None and any(
+            isinstance(leaf, Tensor) and leaf.requires_grad for leaf in tree_leaves(value)
+        ):
+            return True
+    return False
+
+
+# Hooks of frozen modules. Functions, not methods: torch.compile would make a graph for each layer.
+
+
+def _enter(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     if torch.compiler.is_compiling():
         _seen_by_compiler()
-    return tuple(detached(arg) for arg in args), {k: detached(v) for k, v in kwargs.items()}
+        return None
+    mark = mark_of(module)
+    return None if mark is None else mark.layer.enter(module, args, kwargs)
+
+
+def _leave(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+    if torch.compiler.is_compiling():  # which cannot be asked where a gradient goes
+        passes = _need_gradients(args) or _need_gradients(kwargs.values())
+        return None if passes else detached(output)
+    mark = mark_of(module)
+    return None if mark is None else mark.layer.leave(module, output)
+
+
+def _end(module: nn.Module, args: Any, output: Any) -> None:
+    """Of a call that an exception has ended, or that `_leave` has seen the end of."""
+    mark = mark_of(module)
+    if output is None and mark is not None and not torch.compiler.is_compiling():
+        mark.layer.leave(module, None)
 
 
 def _seen_by_compiler() -> None:
@@ -166,7 +286,3 @@ def _seen_by_compiler() -> None:
 
 # What torch.compiler.assume_constant_result() sets, which would import the compiler.
 _seen_by_compiler._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
-def _detach_output(module: nn.Module, args: Any, output: Any) -> Any:
-    return detached(output)

@@ -169,6 +169,8 @@ def _runner(name: str) -> Callable[..., Any]:
 def _call(
     run: Callable[..., Any], layer: Layer, block: nn.Module, *args: Any, **kwargs: Any
 ) -> Any:
+    if layer.is_frozen and layer.passes(args, kwargs):  # which a graph could not tell
+        return block._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
     return run(layer.is_frozen, block, *args, **kwargs)
 
 
@@ -184,7 +186,7 @@ def _visit(freezer: FreezeOut, kinds: _Kinds, ahead: ExampleInputs) -> None:
     with random_state_kept(model), torch.enable_grad():
         for depth in sorted({freezer.num_frozen, *to_come}):
             for layer in layers[:depth]:
-                layer.freeze()
+                layer.freeze(model)
             outputs = [
                 output.float().sum()
                 for output in tree_leaves(model(*args, **kwargs))

@@ -154,13 +154,12 @@ def test_without_annealing_layers_freeze_at_the_base_rate(scale_lr: bool) -> Non
     assert freezer.learning_rates == (0, 0, 0.1, 0.1)
 
 
-def test_the_frozen_prefix_leaves_the_graph_even_when_the_input_requires_a_gradient() -> None:
+def test_the_frozen_prefix_leaves_the_graph() -> None:
     model, optimizer, freezer = setup()
     for layers in train(model, [optimizer], freezer, images, range(STEPS)):
         if layers:
             x, y = images(1)
             models.check_prefix_left_graph(freezer, x, y)
-            models.check_prefix_left_graph(freezer, x.requires_grad_(), y)
             assert not any(m.training for layer in layers for m in layer.modules)
 
 
