@@ -46,9 +46,9 @@ def no_grad() -> Iterator[None]:
 
 
 def numbered_alike(handle: RemovableHandle) -> RemovableHandle:
-    """The hook, under a number that is the same in all modules. Before torch 2.11 a graph of a block
-    with a hook that takes keyword arguments asks for the hook's number: equal blocks would not
-    share it."""
+    """The hook, under a number that is the same in all modules. Before torch 2.11 a graph of a
+    block with a hook that takes keyword arguments asks for the hook's number: equal blocks would
+    not share it."""
     hooks = handle.hooks_dict_ref()
     if _ASKS_FOR_NUMBERS and hooks is not None and _NUMBER not in hooks:
         beside = [there for ref in handle.extra_dict_ref if (there := ref()) is not None]
