@@ -79,8 +79,8 @@ def _check_one(optimizer: Optimizer) -> None:
     if is_innermost(optimizer) and not _is_set_up(optimizer):
         raise InvalidType(
             f"{name} cannot be used with FreezeOut: torch.optim.Optimizer.__init__ was never "
-            "called on it, and it holds no other optimizer in an attribute; give FreezeOut the optimizer "
-            "that makes the updates"
+            "called on it, and it holds no other optimizer in an attribute; give FreezeOut the "
+            "optimizer that makes the updates"
         )
 
 
@@ -94,8 +94,8 @@ def _check_copies(outer: Optimizer, held: Sequence[Optimizer]) -> None:
                 f"{type(outer).__name__} cannot be used with FreezeOut: the "
                 f"{type(inner).__name__} in it trains other tensors than the parameters that "
                 f"{type(outer).__name__} lists (copies in another precision?), so it cannot be "
-                "told which of them belong to which layer; use the inner optimizer on the model's own "
-                "parameters, with torch.autocast"
+                "told which of them belong to which layer; use the inner optimizer on the model's "
+                "own parameters, with torch.autocast"
             )
 
 

@@ -5,7 +5,7 @@ makes a group for each layer has each of these once a layer, and so it is here: 
 writes in a part stays with the part's layers. The user's group shows what the last part has.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from typing import Any, NamedTuple
 
@@ -19,6 +19,17 @@ Saved = list[list[tuple[int, Group]]]
 _ABSENT: Any = object()  # in place of a number which the optimizer has not written yet
 _OWN_WAY = {"params", "lr", "param_names"}  # options that each part has in a way of their own
 _CHANGED_IN_PLACE = (Tensor, list, dict, set)
+
+
+def share_of(group: Group, parameters: Sequence[Tensor]) -> Group:
+    """What a group of those of the group's parameters alone has as theirs: names, too, where all
+    have one."""
+    share: Group = {"params": list(parameters)}
+    names = group.get("param_names")
+    if isinstance(names, list) and len(names) == len(group["params"]):
+        of = dict(zip(group["params"], names, strict=True))
+        share["param_names"] = [of[parameter] for parameter in parameters]
+    return share
 
 
 class Family:
@@ -39,7 +50,7 @@ class Family:
     def parts(self, layers: Mapping[nn.Parameter, int], is_whole: bool) -> "list[Part]":
         """The parts of those parameters, a layer each; or one, if the group `is_whole`. Then too
         layers with other numbers than the rest, as they have thawed, are apart."""
-        begin = {key: deepcopy(self._begin.get(key, _ABSENT)) for key in self._shown}
+        begin = {key: self.copied(self._begin.get(key, _ABSENT)) for key in self._shown}
         known = self._numbers
         self._numbers = {i: known.get(i, begin) for i in sorted(set(layers.values()))}
         shares: list[tuple[Group, list[int]]] = []
@@ -119,32 +130,21 @@ class Part:
         numbers: Group,
         is_alone: bool = True,
     ) -> None:
-        self.layer, self._family, self._parameters = layer, family, parameters
+        self.layer, self._family = layer, family
         self._numbers, self._is_alone = numbers, is_alone
         self.size = len(parameters)
         self.group: Group = {}
         self._given: Group = {}
         self._copies: dict[str, _Copy] = {}
-        self._names = self._own_names()
-
-    def _own_names(self) -> list[str] | None:
-        """The names of its parameters, where the group has those of all of them."""
-        origin = self._family.origin
-        names = origin.get("param_names")
-        if not isinstance(names, list) or len(names) != len(origin["params"]):
-            return None
-        of = dict(zip(origin["params"], names, strict=True))
-        return [of[parameter] for parameter in self._parameters]
+        self._share = share_of(family.origin, parameters)
 
     def fill(self, factor: float) -> None:
         """Take the user's group's options as they are now, with its learning rate scaled, and its
         own numbers."""
         family = self._family
-        given = {**family.origin, "params": self._parameters}
+        given = {**family.origin, **self._share}
         if factor != 1:
             given["lr"] = given["lr"] * factor
-        if self._names is not None:
-            given["param_names"] = self._names
         for key in list(self._numbers):
             if not family.shows(key):
                 del self._numbers[key]  # the user has set another

@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 
 from .errors import InvalidType
 from .optimizers import is_innermost, is_torchs, optimizers_in
-from .parts import Group
+from .parts import Group, share_of
 
 _CORNER = 4  # of each dimension of a tensor, so many
 _BEFORE, _STEPS = 6, 18  # what is tried begins after so many steps, of so many
@@ -218,7 +218,7 @@ def _run(
     if len(_of_use(group)) == 1:
         group["params"].append(_small(_of_use(group)[0], {}))
     a, *_, b = _of_use(group)
-    made = {id(g): _by_hand(g, a, b) if apart else [g] for groups in lists for g in groups}
+    made = {id(g): _by_hand(g, a) if apart else [g] for groups in lists for g in groups}
     for groups in lists:
         groups[:] = [each for g in groups for each in made[id(g)]]
     mine = [(g, p) for parts in made.values() for g in parts for p in (a, b) if _in(p, g)]
@@ -241,7 +241,9 @@ def _run(
             if base[id(g)] is not None:
                 g["lr"] = base[id(g)] * (rates[p is b] if is_late else 1.0)
             if is_late and is_left_out and p is a:
-                g["params"] = [q for q in g["params"] if q is not a]
+                g.update(share_of(g, [q for q in g["params"] if q is not a]))
+        for groups in lists:  # what nothing is left of is not shown
+            groups[:] = [g for g in groups if g["params"]]
         for p in (a, b):
             gradient = torch.randn(p.shape).to(p)
             gradients[p] = gradient if p is b or has_gradient or not is_late else None
@@ -265,12 +267,13 @@ def _rate(group: Group, trial: Optimizer) -> Any:
     return torch.full_like(rate, positive) if isinstance(rate, Tensor) else positive
 
 
-def _by_hand(group: Group, a: Tensor, b: Tensor) -> list[Group]:
+def _by_hand(group: Group, a: Tensor) -> list[Group]:
     """The group as two, of `a` and of all others; for one without `a`, that group alone."""
     others = [p for p in group["params"] if p is not a]
     if not _in(a, group) or not others:
         return [group]
-    return [{**group, "params": [a]}, {**group, "params": others}]
+    other = deepcopy(group, {id(p): p for p in group["params"]})
+    return [{**group, **share_of(group, [a])}, {**other, **share_of(group, others)}]
 
 
 def _in(parameter: Tensor, group: Group) -> bool:
