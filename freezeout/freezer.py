@@ -60,7 +60,8 @@ class FreezeOut:
             taken in the order of their definition, and the first training forward pass checks
             that they run in that order.
         freeze_every: freeze only after steps that are multiples of this.
-        anneal: False: layers freeze on time, but their learning rates are left alone.
+        anneal: False: layers freeze on time, but their learning rates are left alone, and groups
+            stay whole.
         keep_awake: True: layers that the user froze are left as they are, norms and dropout in
             training mode, and count as part of the first layer that trains; they are not cached
             until that is frozen.
@@ -75,7 +76,8 @@ class FreezeOut:
     Raises:
         InvalidValue, InvalidType: arguments out of range, a plan that does not go with the layers,
             an optimizer that holds none of the model's parameters, or that was built while the
-            model was frozen in part, or one that cannot be split (LBFGS, ZeroRedundancyOptimizer).
+            model was frozen in part, or one that cannot be split (LBFGS, ZeroRedundancyOptimizer)
+            or not give layers the rates that the plan asks for (see `trial.py`).
         LayerOrderError: `layers` in another order than that of execution.
     """
 
