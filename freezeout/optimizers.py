@@ -7,7 +7,6 @@ no frozen parameters. Optimizers within the optimizer (SAM's, Lookahead's) are s
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from copy import deepcopy
 from functools import wraps
 from types import MethodType
 from typing import Any
@@ -18,7 +17,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from .errors import FreezeOutError, InvalidType, InvalidValue
-from .parts import Family, Group, Part, Saved
+from .parts import Family, Group, Part, Saved, unshared
 from .versions import make_state
 
 _ATTACHED: WeakSet[Optimizer] = WeakSet()
@@ -218,7 +217,7 @@ class SplitOptimizer:
         if not any(each.state for each in self._inner):
             groups = [group for each in self._all for group in each.param_groups]
             self._begin = {k: v for group in groups for k, v in group.items()} | self._begin
-        self._begin = deepcopy({k: v for k, v in self._begin.items() if k != "params"})
+        self._begin = {k: unshared(v) for k, v in self._begin.items() if k != "params"}
         self._is_detached = False
         self.updates = 0  # calls of the optimizer's step
         self._idle = False  # all of its layers are frozen
@@ -395,7 +394,10 @@ class SplitOptimizer:
         return list({id(each.param_groups): each.param_groups for each in self._all}.values())
 
     def _unique_groups(self) -> list[Group]:
-        return list({id(group): group for groups in self._lists() for group in groups}.values())
+        """Their groups, those first that the updates are made by: others may be the same until a
+        state is loaded, and then not any more."""
+        ordered = [*self._inner_groups(), *(g for groups in self._lists() for g in groups)]
+        return list({id(group): group for group in ordered}.values())
 
     def _ignore_scaler(self, optimizer: Optimizer) -> None:
         """Hide the scale from an optimizer that only passes for one that unscales by itself."""
@@ -474,12 +476,12 @@ class SplitOptimizer:
             for group in groups
         }
         if self._saved is not None:
-            if len(self._saved) != len(groups):
+            if len(self._saved) > len(groups):
                 raise InvalidValue(
                     f"the FreezeOut state that was loaded is of {len(self._saved)} optimizer "
                     f"groups, this {type(self.optimizer).__name__} has {len(groups)}"
                 )
-            for family, rows in zip(self._families.values(), self._saved, strict=True):
+            for family, rows in zip(self._families.values(), self._saved, strict=False):
                 family.load(rows)
             self._saved = None
 

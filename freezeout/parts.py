@@ -32,6 +32,13 @@ def share_of(group: Group, parameters: Sequence[Tensor]) -> Group:
     return share
 
 
+def unshared(value: Any, parameters: Sequence[Tensor] = ()) -> Any:
+    """The value, copied if it may be changed in place, but for parameters in it."""
+    if not isinstance(value, _CHANGED_IN_PLACE):
+        return value
+    return deepcopy(value, {id(p): p for p in parameters})
+
+
 class Family:
     """One of the user's groups, and the numbers of each layer in it.
 
@@ -62,7 +69,8 @@ class Family:
                     break
             else:
                 if any(numbers is other for other, _ in shares):
-                    self._numbers[layer] = numbers = self.copied(numbers)
+                    numbers = {key: self.copied(value) for key, value in numbers.items()}
+                    self._numbers[layer] = numbers
                 shares.append((numbers, [layer]))
         return [
             Part(
@@ -77,7 +85,7 @@ class Family:
 
     def copied(self, value: Any) -> Any:
         """A copy that shares nothing but the parameters."""
-        return deepcopy(value, {id(p): p for p in self.origin["params"]} | {id(_ABSENT): _ABSENT})
+        return unshared(value, self.origin["params"])
 
     def shows(self, key: str) -> bool:
         """Whether the user's group still shows what the optimizer wrote: nobody else has since."""

@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 
 from .errors import InvalidType
 from .optimizers import is_innermost, is_torchs, optimizers_in
-from .parts import Group, share_of
+from .parts import Group, share_of, unshared
 
 _CORNER = 4  # of each dimension of a tensor, so many
 _BEFORE, _STEPS = 6, 18  # what is tried begins after so many steps, of so many
@@ -272,7 +272,7 @@ def _by_hand(group: Group, a: Tensor) -> list[Group]:
     others = [p for p in group["params"] if p is not a]
     if not _in(a, group) or not others:
         return [group]
-    other = deepcopy(group, {id(p): p for p in group["params"]})
+    other = {key: unshared(value, group["params"]) for key, value in group.items()}
     return [{**group, **share_of(group, [a])}, {**other, **share_of(group, others)}]
 
 
