@@ -382,6 +382,8 @@ class SplitOptimizer:
         self._refresh(lists, factors)
         if self._idle:
             self._ignore_scaler(optimizer)
+        for family in self._families.values():
+            family.look()
         for part in self._parts:
             part.fill(factors[part.layer])
         self._visible = [(listed, list(listed)) for listed in lists]

@@ -53,6 +53,15 @@ class Family:
         self._numbers: dict[int, Group] = {}  # the layers of one part share theirs
         # What the optimizer has written, as the user's group shows it, and how that looked then.
         self._shown: dict[str, tuple[Any, object]] = {}
+        self.in_place: list[str] = []  # options that may be changed so
+
+    def look(self) -> None:
+        """Look at the user's group, before parts are filled."""
+        self.in_place = [
+            key
+            for key, value in self.origin.items()
+            if isinstance(value, _CHANGED_IN_PLACE) and key not in _OWN_WAY
+        ]
 
     def parts(self, layers: Mapping[nn.Parameter, int], is_whole: bool) -> "list[Part]":
         """The parts of those parameters, a layer each; or one, if the group `is_whole`. Then too
@@ -161,10 +170,9 @@ class Part:
             else:
                 given[key] = self._numbers[key]
         if not self._is_alone:
-            for key, value in given.items():
-                is_shared = key not in self._numbers and key not in _OWN_WAY
-                if is_shared and isinstance(value, _CHANGED_IN_PLACE):
-                    given[key] = self._copy(key, value)
+            for key in family.in_place:
+                if key not in self._numbers:
+                    given[key] = self._copy(key, given[key])
         self._given = given
         self.group.clear()
         self.group.update(given)
@@ -179,18 +187,18 @@ class Part:
     def carry_back(self, factor: float) -> None:
         """Keep every value that the optimizer has changed in this part, and have the user's group
         show it."""
-        for key, value in self.group.items():
-            changed = value is not self._given.get(key, _ABSENT)
-            if key in _OWN_WAY:
-                if key == "lr" and changed and factor:
-                    self._family.origin["lr"] = value if factor == 1 else value / factor
-                continue
-            if not changed and key in self._copies:
-                changed = _stamp(value) != self._copies[key].copy_stamp
-            if changed or key in self._numbers:
-                self._numbers[key] = value
+        group, given = self.group, self._given
+        changed = [key for key, value in group.items() if value is not given.get(key, _ABSENT)]
+        changed += [key for key in self._numbers if key in group]
+        changed += [key for key, own in self._copies.items() if _stamp(own.copy) != own.copy_stamp]
+        for key in changed:
+            if key not in _OWN_WAY:
+                self._numbers[key] = group[key]
                 self._copies.pop(key, None)
-                self._family.show(key, value)
+                self._family.show(key, group[key])
+            elif key == "lr" and factor:
+                rate = group["lr"]
+                self._family.origin["lr"] = rate if factor == 1 else rate / factor
 
 
 def _stamp(value: Any) -> object:
