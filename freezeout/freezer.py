@@ -15,11 +15,12 @@ from .cost import check_one_a_layer, saving
 from .errors import CheckpointError, FreezeOutError, InvalidType, InvalidValue
 from .layers import ExampleInputs, Layer, OrderCheck, find_layers, given_layers
 from .layers.marks import is_stopped, take_off
-from .optimizers import SplitOptimizer, check_optimizers
+from .optimizers import SplitOptimizer, check_optimizers, rate_of
 from .plan import Plan, Timeline, check_plan, factors_of, given_layers_are, progress
 from .planned import held_by, plan_layers
 from .savings import BytesSaved, SecondsSaved, StepTimes, bytes_saved, seconds_saved
 from .schedule import STEEP, Schedule
+from .trial import check_rates
 from .values import plain, whole_number
 from .words import duration, size
 
@@ -59,7 +60,8 @@ class FreezeOut:
             taken in the order of their definition, and the first training forward pass checks
             that they run in that order.
         freeze_every: freeze only after steps that are multiples of this.
-        anneal: False: layers freeze on time, but their learning rates are left alone.
+        anneal: False: layers freeze on time, but their learning rates are left alone, and groups
+            stay whole.
         keep_awake: True: layers that the user froze are left as they are, norms and dropout in
             training mode, and count as part of the first layer that trains; they are not cached
             until that is frozen.
@@ -74,7 +76,8 @@ class FreezeOut:
     Raises:
         InvalidValue, InvalidType: arguments out of range, a plan that does not go with the layers,
             an optimizer that holds none of the model's parameters, or that was built while the
-            model was frozen in part, or one that cannot be split (LBFGS, ZeroRedundancyOptimizer).
+            model was frozen in part, or one that cannot be split (LBFGS, ZeroRedundancyOptimizer)
+            or not give layers the rates that the plan asks for (see `trial.py`).
         LayerOrderError: `layers` in another order than that of execution.
     """
 
@@ -126,7 +129,9 @@ class FreezeOut:
         self._frozen_parameters: tuple[nn.Parameter, ...] = ()
         self._told: set[str] = set()
         # What may raise comes before what leaves marks on the optimizers and the model.
-        self._check_factors(max(float(g["lr"]) for each in optimizers for g in each.param_groups))
+        anneals, differ = self._rates_planned()
+        check_rates(optimizers, anneals, differ)
+        self._check_factors(max(rate_of(g) for each in optimizers for g in each.param_groups))
         self._names = {parameter: name for name, parameter in model.named_parameters()}
         layer_of = {p: i for i, layer in enumerate(self.layers) for p in layer.parameters}
         names = {p: (self._names[p], self.layers[i].name) for p, i in layer_of.items()}
@@ -138,6 +143,7 @@ class FreezeOut:
                 lambda: self.num_frozen,
                 lambda: self.timeline.is_over(self._step),
                 names,
+                differ,
             )
             for each in optimizers
         ]
@@ -165,6 +171,19 @@ class FreezeOut:
                 "every layer the same total; a larger t_0, or scale_lr=False, starts lower",
                 stacklevel=3,
             )
+
+    def _rates_planned(self) -> tuple[bool, bool]:
+        """Whether the plan gives a layer that trains another rate than its group's, and whether it
+        gives layers different ones, at any of many steps of the run."""
+        last = (self.total_steps or 1) - 1
+        steps = {last * i // 50 for i in range(51)}
+        steps |= {step - i for step, _ in self.timeline.changes for i in (0, 1)}
+        factors = [
+            set(self._factors_for(step)[self.timeline.num_frozen(step) :])
+            for step in steps
+            if step >= 0 and (self.total_steps is None or step <= last)
+        ]
+        return any(each != {1} for each in factors), any(len(each) > 1 for each in factors)
 
     # --- where the run stands -----------------------------------------------------------
 
@@ -277,7 +296,9 @@ class FreezeOut:
     def state_dict(self) -> dict[str, Any]:
         """The step, the changes of the timeline, and what is needed to refuse a state of another
         run; plain values only, so that `torch.load(..., weights_only=True)` reads it."""
+        numbers = [optimizer.numbers() for optimizer in self._optimizers]
         return {
+            **({"numbers": numbers} if any(numbers) else {}),
             "step": self._step,
             "changes": [list(change) for change in self.timeline.changes],
             **self._configuration(),
@@ -318,9 +339,17 @@ class FreezeOut:
                 theirs = Timeline.of(len(self.layers), self.total_steps, changes)
         except (TypeError, ValueError) as error:
             raise CheckpointError(f"this is no FreezeOut state: {error}") from error
+        numbers = state.get("numbers", [[] for _ in self._optimizers])
+        if len(numbers) != len(self._optimizers):
+            raise CheckpointError(
+                f"the checkpoint is of {len(numbers)} optimizers, this FreezeOut has "
+                f"{len(self._optimizers)}"
+            )
         check_unchanged(self.model, self.layers, self._names)
         self.timeline, self._step, self.times = theirs, step, StepTimes(since=step)
         self._factors_at = None
+        for optimizer, its in zip(self._optimizers, numbers, strict=True):
+            optimizer.load_numbers(its)
         self._apply(self.num_frozen, loaded=True)
 
     def release(self) -> None:
@@ -455,7 +484,7 @@ class FreezeOut:
         rates = [0.0] * len(self.layers)
         for optimizer in self._optimizers:
             for layer, rate in optimizer.base_rates():
-                rates[layer] = max(rates[layer], rate)
+                rates[layer] = max(rate, rates[layer])
         return rates
 
     def _current_factors(self) -> tuple[float, ...]:
@@ -474,6 +503,8 @@ class FreezeOut:
         """Freeze the first layers and no others."""
         for i, layer in enumerate(self.layers):
             if i < num_frozen and not layer.is_frozen:
+                for optimizer in () if loaded else self._optimizers:
+                    optimizer.rest(layer.parameters)
                 layer.freeze(self.model)
                 for optimizer in self._optimizers:
                     optimizer.drop_state(layer.parameters)

@@ -68,10 +68,19 @@ def test_the_optimizer_within_a_stand_in_is_driven() -> None:
 
 
 def test_an_optimizer_that_holds_another_is_driven_itself() -> None:
-    net = linear_net()
-    outer = Ahead(SGD(net.parameters(), 0.1))
-    FreezeOut(net, outer, 20, example_inputs=vectors(0)[0])
-    assert "step" in vars(outer)
+    net, other = linear_net(), linear_net()
+    other.load_state_dict(net.state_dict())
+    outer, plain = Ahead(SGD(net.parameters(), 0.1)), SGD(other.parameters(), 0.1)
+    for model, optimizer in ((net, outer), (other, plain)):
+        freezer = FreezeOut(model, optimizer, 20, schedule=EARLY, example_inputs=vectors(0)[0])
+        for step in range(12):
+            torch.autograd.backward(loss_of(model, *vectors(step)))
+            optimizer.step()
+            model.zero_grad()
+            freezer.step()
+        freezer.release()
+        assert "step" not in vars(optimizer)
+    assert all(map(torch.equal, net.parameters(), other.parameters()))
     assert "step" not in vars(outer.optimizer)
 
 
