@@ -4,6 +4,7 @@ python -m tests.integration.lightning_runs FOLDER STOP PLAN     one run, killed 
 torchrun ... -m tests.integration.lightning_runs ddp FILE PLAN  on two ranks, beside a plain loop
 """
 
+import inspect
 import os
 import signal
 import sys
@@ -30,6 +31,12 @@ from tests.models import conv_net, images
 from tests.plain_loop import BATCHES, PLANS, update
 
 EPOCHS = 3
+
+
+def start_from(checkpoint: Path | None) -> dict[str, Any]:
+    """Options of `Trainer.fit`. Lightning before 2.6 lets nobody ask for weights_only."""
+    safely = "weights_only" in inspect.signature(Trainer.fit).parameters
+    return {"ckpt_path": checkpoint} | ({"weights_only": True} if checkpoint and safely else {})
 
 
 class Classifier(LightningModule):
@@ -120,7 +127,7 @@ def one_run(folder: Path, stop: int, plan: str = "early") -> LightningModule:
     saved = sorted(folder.glob("*.ckpt"), key=lambda file: int(file.stem.split("=")[1]))
     module, kill = Classifier(), Kill(folder, stop)
     run = trainer(FreezeOutCallback(PLANS[plan]), kill, enable_checkpointing=True)
-    run.fit(module, Batches(), ckpt_path=saved[-1] if saved else None, weights_only=True)
+    run.fit(module, Batches(), **start_from(saved[-1] if saved else None))
     return module
 
 
@@ -147,7 +154,7 @@ def ddp(file: Path, plan: str) -> None:
             use_distributed_sampler=False,
             **options,
         )
-        run.fit(module, data, ckpt_path=start, weights_only=True)
+        run.fit(module, data, **start_from(start))
         assert isinstance(run.strategy.model, LightningModule)  # unwrapped again
         assert callback.freezer is not None
         found["summary"] = callback.freezer.summary().split(";")[0]

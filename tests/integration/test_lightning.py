@@ -29,6 +29,7 @@ from tests.integration.lightning_runs import (
     Classifier,
     loader,
     one_run,
+    start_from,
     trainer,
 )
 from tests.integration.processes import KILLED, process, torchrun
@@ -69,9 +70,7 @@ def fit(
     others = [each for each in callbacks if each is not callback]
     history = History(callback)
     run = trainer(callback, history, *others, **options)
-    run.fit(
-        module, loader() if data is None else data, ckpt_path=start, weights_only=start and True
-    )
+    run.fit(module, loader() if data is None else data, **start_from(start))
     return callback, history.rows
 
 
