@@ -210,6 +210,9 @@ def check_prefix_left_graph(freezer: FreezeOut, x: Tensor, y: Tensor) -> None:
     parameter that is still trained is reached."""
     frozen = freezer.layers[: freezer.num_frozen]
     trained = freezer.layers[freezer.num_frozen :]
+    tied = {
+        m for layer in frozen for m in layer.modules if any(p.requires_grad for p in m.parameters())
+    }
     made: set[Any] = set()
     handed_on: list[bool] = []
     depth = 0
@@ -225,7 +228,9 @@ def check_prefix_left_graph(freezer: FreezeOut, x: Tensor, y: Tensor) -> None:
     def after(module: nn.Module, args: object, output: object) -> None:
         nonlocal depth
         depth -= 1
-        if isinstance(output, Tensor) and depth == 0:  # what it says inside is its own affair
+        # What it says inside is its own affair. What a weight that is still trained, as a tied one,
+        # makes is detached after this hook.
+        if isinstance(output, Tensor) and depth == 0 and module not in tied:
             handed_on.append(output.requires_grad)
 
     handles = []

@@ -83,7 +83,9 @@ class Layer:
             stopped(parameter)
         for module in self.modules:
             Mark(module, self, within).put_on()
-        for module in self.boundary:
+        # Hooks that make an embedding's result require a gradient hang on the embedding itself.
+        embeddings = (module for module in self.modules if isinstance(module, nn.Embedding))
+        for module in dict.fromkeys((*self.boundary, *embeddings)):
             leave = numbered_alike(module.register_forward_hook(_leave, with_kwargs=True))
             self._handles += [
                 numbered_alike(module.register_forward_pre_hook(_enter, with_kwargs=True)),
