@@ -12,7 +12,7 @@ from tests.integration.processes import process
 
 
 def benchmark(out: Path, *arguments: str) -> CompletedProcess[str]:
-    return process("-m", "benchmarks.gpu", out, *arguments)
+    return process("-m", "benchmarks.gpu", out, *arguments, seconds=500)
 
 
 def tiny(out: Path, part: str) -> CompletedProcess[str]:
@@ -28,7 +28,7 @@ def test_every_part_runs_in_small(part: str, tmp_path: Path) -> None:
     assert result["environment"]["tiny"]
     assert result["cases"]
     assert all(case["rows"] for case in result["cases"].values())
-    assert "| ---" in (tmp_path / f"{part}.md").read_text()
+    assert "|---|" in (tmp_path / f"{part}.md").read_text().replace(" ", "")
 
 
 def test_a_part_goes_on_with_the_cases_that_are_not_done(tmp_path: Path) -> None:
