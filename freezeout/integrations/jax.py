@@ -28,6 +28,7 @@ from ..errors import CheckpointError, FreezeOutError, InvalidType, InvalidValue,
 from ..plan import Plan, Timeline, bound, check_plan, factors_of, layer_table, progress
 from ..schedule import Schedule
 from ..values import whole_number
+from ..words import first_line
 from .jax_order import first_out_of_order
 
 PyTree = Any
@@ -138,7 +139,7 @@ class FreezeOut:
             None if freeze_every is None else whole_number("freeze_every", freeze_every)
         )
         self.schedule = _checked_plan(schedule)
-        self.optimizer = optax.with_extra_args_support(optimizer)
+        self.optimizer = _with_extra_args(optimizer)
         self.has_aux = has_aux
         self.donate = donate
         self.compile_ahead = compile_ahead
@@ -269,9 +270,9 @@ class FreezeOut:
     ) -> tuple[TrainState, Any]:
         """One update: the new state, and the loss (or `(loss, aux)`).
 
-        `extra_args`: numbers or arrays by name, for an optimizer that takes extra arguments. It has
-        without that optax's own: `value`, the loss of this batch; `grad`; `value_fn` (or `obj_fn`)
-        and `grad_fn`, which compute them at other parameters.
+        `extra_args`: numbers or arrays by name, for an optimizer that takes extra arguments. Those
+        that optax itself uses it has without that: `value`, this batch's loss; `grad`; `value_fn`
+        or `obj_fn`, the loss at other parameters. What is given here comes before them.
 
         Once the run's `total_steps` updates have been made, only the step is counted: no array
         changes, and a warning says so, once.
@@ -341,8 +342,21 @@ class FreezeOut:
             return self._loss(layout.merge(trained, fixed[0]), model_state, batch, k)
 
         (loss, (new_state, aux)), grads = jax.value_and_grad(loss_of, has_aux=True)(trained)
-        extra = {"value": loss, "grad": grads, **_functions(lambda p: loss_of(p)[0]), **given}
-        updates, opt_state = self.optimizer.update(grads, opt_state, trained, **extra)
+
+        def value_fn(params: PyTree) -> Any:
+            return loss_of(params)[0]
+
+        extra = {"value": loss, "grad": grads, "value_fn": value_fn}
+        if not self._searches:  # these refuse what they do not know
+            extra["obj_fn"] = value_fn
+        extra |= given
+        try:
+            updates, opt_state = self.optimizer.update(grads, opt_state, trained, **extra)
+        except TypeError as error:
+            raise InvalidType(
+                f"the optimizer failed: {first_line(error)}. It was given {', '.join(extra)}; "
+                "step(..., extra_args={...}) gives it others, and its update must take **extra_args"
+            ) from error
         updates = layout.scaled(updates, factors, k)
         out = (loss, aux) if self.has_aux else loss
         moving = layout.split_state(new_state, k)[0]
@@ -586,14 +600,13 @@ def _bound(
     return plan, timeline
 
 
-def _functions(value_fn: Callable[[PyTree], jax.Array]) -> dict[str, Callable[..., Any]]:
-    """What optax's transformations call to have a loss or gradient at other parameters; one that is
-    not called costs nothing."""
-
-    def grad_fn(params: PyTree, _: Any = None) -> PyTree:
-        return jax.grad(value_fn)(params)
-
-    return {"value_fn": value_fn, "obj_fn": value_fn, "grad_fn": grad_fn}
+def _with_extra_args(optimizer: Any) -> Any:
+    """Also of classes, such as MultiSteps, whose update takes extra arguments although they are not
+    marked as such."""
+    parameters = inspect.signature(optimizer.update).parameters.values()
+    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+        return optax.GradientTransformationExtraArgs(optimizer.init, optimizer.update)
+    return optax.with_extra_args_support(optimizer)
 
 
 def _has_line_search(opt_state: PyTree) -> bool:
