@@ -2,8 +2,8 @@
 
     model.fit(x, y, epochs=30, callbacks=[FreezeOutCallback()])
 
-The frozen set changes a few times in a run, and each set is a static graph: when a layer freezes,
-the train function is built anew. Only while that runs are frozen variables not trainable, layers in
+The frozen set changes a few times in a run, and each set is a static graph: when layers freeze, the
+train function is built anew. Only while that runs are frozen variables not trainable, layers in
 inference mode, and the optimizer's learning rate multiplied by each layer's factor. Between steps,
 and whatever interrupts `fit`, the model and the optimizer are ordinary ones; checkpoints fit at any
 time. How many layers are frozen follows from the optimizer's own count of iterations.
