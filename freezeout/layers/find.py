@@ -10,7 +10,9 @@ from torch import nn
 
 from ..errors import InvalidType, InvalidValue
 from .flow import Flow
+from .held import writes_always
 from .layer import Layer, LayerCost
+from .marks import is_norm
 from .trace import ExampleInputs, Stack, Trace, check_order, last_uses
 
 
@@ -383,11 +385,18 @@ def _layers(
         if _is_leaf(module) and (used := _used_last_by(module, trace)):
             # In a block of which only a method is called, say.
             of_module[module] = max(of_parameter[p] for p in used)
-        elif _is_leaf(module) or module in units.parameters:
+        elif (
+            _is_leaf(module)
+            or module in units.parameters
+            or (module in trace.runs and next(module.parameters(), None) is None)
+        ):
             # Without parameters, or with none that are not used again later.
             if module in trace.runs:
                 before = bisect_right(ends, trace.runs[module][0], key=lambda end: end[0])
                 of_module[module] = max((i for _, i in ends[:before]), default=0)
+                for part in module.modules():  # an observer whose method is called
+                    if part not in trace.runs:
+                        of_module.setdefault(part, of_module[module])
             else:
                 of_module[module] = last
         else:  # a container ends where the last of its parts does
@@ -396,6 +405,8 @@ def _layers(
             of_module[module] = max(parts)
         return of_module[module]
 
+    ahead = set(_ahead(model, trace)) if groups else set()
+    of_module.update((module, last) for module in ahead)
     inner = set(_inner(units.modules)) - set(units.modules)
     return [
         Layer(
@@ -404,8 +415,37 @@ def _layers(
             (p for p in model.parameters() if of_parameter.get(p, last) == i),
             (module for module in modules if module not in inner),
             _cost(modules, trace),
+            [written for written in trace.writes if place(written[0]) == i],
+            _readers(model, modules),
         )
         for i, name in enumerate(names)
+    ]
+
+
+def _ahead(model: nn.Module, trace: Trace) -> Iterator[nn.Module]:
+    """Modules without parameters that ran on the raw input alone, before the first parameter was
+    used: augmentation, noise. They are on the data's side, and go with the last layer, which is
+    never frozen. Not so what keeps statistics, which frozen layers depend on."""
+    for module in model.modules():
+        parts = set(module.modules())
+        if (
+            trace.flow is not None
+            and next(module.parameters(), None) is None
+            and any(part in trace.runs for part in parts)
+            and all(trace.runs[part][0] < (trace.begin or 0) for part in parts & set(trace.runs))
+            and parts.isdisjoint(module for module, _ in trace.writes)
+            and not any(is_norm(part) or writes_always(part) for part in parts)
+        ):
+            yield module
+
+
+def _readers(model: nn.Module, modules: Iterable[nn.Module]) -> list[nn.Module]:
+    """Encoders of torch's that look at the mode of one of the modules, their first layer."""
+    own = set(modules)
+    return [
+        module
+        for module in model.modules()
+        if isinstance(module, nn.TransformerEncoder) and own.intersection(module.layers[:1])
     ]
 
 

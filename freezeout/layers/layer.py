@@ -2,14 +2,21 @@
 
 import warnings
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
-from torch.utils.hooks import RemovableHandle
 
-from .marks import Mark, mark_of, stopped, trained_again
+from .held import Held, TrainingPath, UsersHooks, asks_for_mode
+from .marks import Mark, foreign_hooks, mark_of, stopped, trained_again
+
+
+class Removable(Protocol):
+    """What a frozen layer has put on its modules."""
+
+    def remove(self) -> None:
+        """Take it away."""
 
 
 class LayerCost(NamedTuple):
@@ -33,6 +40,9 @@ class Layer:
         boundary: the modules that tensors may enter and leave the layer through: blocks, and
             what contains them (either may be called, or only walked through); all of `modules`
             if not given.
+        writes: modules that a forward pass was seen to write, norms aside, and the name of which of
+            their parameters or buffers.
+        readers: modules outside, whose code asks for the mode of one inside.
     """
 
     def __init__(
@@ -42,13 +52,16 @@ class Layer:
         parameters: Iterable[nn.Parameter],
         boundary: Iterable[nn.Module] | None = None,
         cost: LayerCost | None = None,
+        writes: Iterable[tuple[nn.Module, str]] = (),
+        readers: Iterable[nn.Module] = (),
     ) -> None:
         self.name = name
         self.modules = tuple(modules)
         self.parameters = tuple(parameters)
         self.boundary = self.modules if boundary is None else tuple(boundary)
         self.cost = cost
-        self._handles: list[RemovableHandle] = []  # while frozen
+        self.writes, self.readers = set(writes), tuple(readers)
+        self._handles: list[Removable] = []  # while frozen
         self.is_frozen = False
         self.freezes = 0
 
@@ -73,12 +86,19 @@ class Layer:
         for parameter in self.parameters:
             stopped(parameter)
         for module in self.modules:
-            Mark(module, self, within).put_on()
+            mark = Mark(module, self, within)
+            if any(map(asks_for_mode, foreign_hooks(module))):
+                self._handles.append(UsersHooks(module, mark))
+            mark.put_on()
+        own = set(self.modules)
         for module in self.boundary:
             self._handles += [
                 module.register_forward_pre_hook(_detach_inputs, with_kwargs=True),
                 module.register_forward_hook(_detach_output),
+                Held(module, own, self.writes),
             ]
+        attention = (m for m in self.modules if isinstance(m, nn.MultiheadAttention))
+        self._handles += map(TrainingPath, (*self.readers, *attention))
         self.is_frozen = True
         self.freezes += 1
 
@@ -125,6 +145,8 @@ def merged(name: str, layers: Iterable[Layer]) -> Layer:
         (parameter for layer in layers for parameter in layer.parameters),
         (module for layer in layers for module in layer.boundary),
         _sum(known) if len(known) == len(costs) else None,
+        (written for layer in layers for written in layer.writes),
+        (module for layer in layers for module in layer.readers),
     )
 
 

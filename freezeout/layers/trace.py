@@ -16,6 +16,7 @@ from torch.utils.hooks import RemovableHandle
 from ..errors import InvalidValue, LayerOrderError
 from ..words import first_line
 from .flow import Flow, memory_of
+from .held import Writes
 from .marks import copied_plainly
 from .scratch import scratch, uncompiled
 
@@ -41,6 +42,8 @@ class Trace:
         flops, saved: of each module that was the innermost one running, the FLOPs of its forward
             pass and the bytes that autograd kept of it; None if these were not counted.
         rows: items in the batch that was seen, 0 if it is not known.
+        begin: the time at which the first parameter was used.
+        writes: modules that the forward pass wrote, norms aside, and the name of which tensor.
     """
 
     def __init__(self, flow: Flow | None = None) -> None:
@@ -51,6 +54,8 @@ class Trace:
         self.flops: dict[nn.Module, int] | None = None if flow is None else {}
         self.saved: dict[nn.Module, int] | None = None
         self.rows = 0
+        self.begin: int | None = None
+        self.writes: set[tuple[nn.Module, str]] = set()
         self._time = 0
         self._running: list[nn.Module] = []
 
@@ -118,6 +123,7 @@ class Trace:
 
     def _use(self, parameter: nn.Parameter) -> None:
         self._time += 1
+        self.begin = self.begin or self._time
         self.uses[parameter] = (self._time, tuple(self._running))
 
     def count(self, func: Any, args: Any, kwargs: Any, given: Any) -> None:
@@ -174,6 +180,7 @@ class Trace:
         # A cast weight that autocast has kept would be used unseen.
         cache = torch.is_autocast_cache_enabled()
         torch.set_autocast_cache_enabled(False)
+        writes = Writes(model.modules())
         try:
             if running:
                 self._start(model)
@@ -186,6 +193,7 @@ class Trace:
                 yield
         finally:
             torch.set_autocast_cache_enabled(cache)
+            self.writes.update(writes.names())
             for handle in handles:
                 handle.remove()
 
@@ -263,7 +271,7 @@ def rows_of(*values: Any) -> int:
 def _undisturbed(model: nn.Module) -> Iterator[None]:
     """Evaluation mode inside; modes, buffers and random state as before afterwards."""
     with ExitStack() as stack:
-        stack.enter_context(scratch(model))
+        stack.enter_context(scratch(model, watched=True))
         stack.enter_context(uncompiled())
         stack.enter_context(torch.enable_grad())
         for module in model.modules():
