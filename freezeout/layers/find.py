@@ -10,9 +10,7 @@ from torch import nn
 
 from ..errors import InvalidType, InvalidValue
 from .flow import Flow
-from .held import writes_always
 from .layer import Layer, LayerCost
-from .marks import is_norm
 from .trace import ExampleInputs, Stack, Trace, check_order, last_uses
 
 
@@ -405,8 +403,8 @@ def _layers(
             of_module[module] = max(parts)
         return of_module[module]
 
-    ahead = set(_ahead(model, trace)) if groups else set()
-    of_module.update((module, last) for module in ahead)
+    # What is on the data's side is never frozen.
+    of_module.update((module, last) for module in trace.ahead(model))
     inner = set(_inner(units.modules)) - set(units.modules)
     return [
         Layer(
@@ -420,23 +418,6 @@ def _layers(
         )
         for i, name in enumerate(names)
     ]
-
-
-def _ahead(model: nn.Module, trace: Trace) -> Iterator[nn.Module]:
-    """Modules without parameters that ran on the raw input alone, before the first parameter was
-    used: augmentation, noise. They are on the data's side, and go with the last layer, which is
-    never frozen. Not so what keeps statistics, which frozen layers depend on."""
-    for module in model.modules():
-        parts = set(module.modules())
-        if (
-            trace.flow is not None
-            and next(module.parameters(), None) is None
-            and any(part in trace.runs for part in parts)
-            and all(trace.runs[part][0] < (trace.begin or 0) for part in parts & set(trace.runs))
-            and parts.isdisjoint(module for module, _ in trace.writes)
-            and not any(is_norm(part) or writes_always(part) for part in parts)
-        ):
-            yield module
 
 
 def _readers(model: nn.Module, modules: Iterable[nn.Module]) -> list[nn.Module]:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .marks import Mark, copied_plainly, is_norm, mark_of
+from .marks import Mark, copied_plainly, is_norm, mark_of, unhooked
 from .scratch import equal, has_no_values, places_of, state_of
 
 _OBSERVES = "observer_enabled"  # the buffer of torch.ao's that switches an observer
@@ -148,13 +148,14 @@ _seen_by_compiler._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 class TrainingPath:
-    """Keeps a module on the path that torch's attention takes in training, as long as that is the
-    mode that it is meant to have. `nn.TransformerEncoder` looks at its first layer's mode, and
+    """Keeps a module off torch's paths for inference where it would not take them if its layers
+    trained: in training, and where gradients are recorded. `nn.TransformerEncoder` looks at its first layer's mode, and
     would, once that is frozen, hand nested tensors to layers that train and do not take them;
     and a frozen `nn.MultiheadAttention` would compute by another kernel.
     """
 
     def __init__(self, module: nn.Module) -> None:
+        self._module = module
         self._before: list[bool] = []
         self._handles = [
             module.register_forward_pre_hook(self._enter, prepend=True),
@@ -166,13 +167,14 @@ class TrainingPath:
         """Take the hooks away."""
         for handle in self._handles:
             handle.remove()
+        unhooked(self._module)
 
     def _enter(self, module: nn.Module, args: object) -> None:
         if torch.compiler.is_compiling():
             return
         mark = mark_of(module)
         self._before.append(torch.backends.mha.get_fastpath_enabled())
-        if module.training if mark is None else mark.meant:
+        if torch.is_grad_enabled() or (module.training if mark is None else mark.meant):
             torch.backends.mha.set_fastpath_enabled(False)
 
     def _leave(self, module: nn.Module, args: object, output: object) -> None:

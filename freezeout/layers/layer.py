@@ -1,7 +1,7 @@
 """`Layer`: modules and parameters that freeze together, and what freezing does to them."""
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -123,6 +123,19 @@ class Layer:
             if not training:
                 module.training = False
         self._handles, self.is_frozen = [], False
+
+    def hand_over(self, modules: Collection[nn.Module], other: "Layer") -> None:
+        """Give those of the modules that are in this layer to another one, which is not frozen."""
+        given = [module for module in self.modules if module in modules]
+        for module in given:
+            if (mark := mark_of(module)) is not None:
+                mark.take_off()
+        self.modules, self.boundary = (
+            tuple(module for module in own if module not in modules)
+            for own in (self.modules, self.boundary)
+        )
+        other.modules += tuple(given)
+        other.boundary += tuple(given)
 
     def hold(self) -> list[nn.Parameter]:
         """The parameters that were made to require a gradient again behind the freeze's back; they

@@ -70,8 +70,7 @@ class Mark:
             if name in without:
                 self.module.__dict__[name] = without[name]
         self.module.training = self.meant
-        if not any(map(_is_ours, _hooks(self.module))):
-            copied_as_ever(self.module)
+        unhooked(self.module)
 
     def removed(self, state: dict[str, Any]) -> dict[str, Any]:
         """A module's attributes as they would be without the mark."""
@@ -137,6 +136,12 @@ def copied_as_ever(module: nn.Module) -> None:
     """Undo `copied_plainly`."""
     if vars(module).pop(_COPYING, None) is not None and _copies_deeply(module):
         vars(module).pop("__deepcopy__")
+
+
+def unhooked(module: nn.Module) -> None:
+    """Undo `copied_plainly` unless there is still something that copies come without."""
+    if mark_of(module) is None and not any(map(_is_ours, _hooks(module))):
+        copied_as_ever(module)
 
 
 def take_off(model: nn.Module) -> bool:

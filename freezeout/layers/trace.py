@@ -16,8 +16,8 @@ from torch.utils.hooks import RemovableHandle
 from ..errors import InvalidValue, LayerOrderError
 from ..words import first_line
 from .flow import Flow, memory_of
-from .held import Writes
-from .marks import copied_plainly
+from .held import Writes, writes_always
+from .marks import copied_plainly, is_norm
 from .scratch import scratch, uncompiled
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ class Trace:
         flops, saved: of each module that was the innermost one running, the FLOPs of its forward
             pass and the bytes that autograd kept of it; None if these were not counted.
         rows: items in the batch that was seen, 0 if it is not known.
-        begin: the time at which the first parameter was used.
+        begin: the time at which the first parameter was used; None: no forward pass was seen.
         writes: modules that the forward pass wrote, norms aside, and the name of which tensor.
     """
 
@@ -105,6 +105,7 @@ class Trace:
         """What a forward pass that runs every module once, as defined, would record."""
         trace = cls()
         trace._define(model)
+        trace.begin = None
         return trace
 
     def _define(self, module: nn.Module) -> None:
@@ -125,6 +126,23 @@ class Trace:
         self._time += 1
         self.begin = self.begin or self._time
         self.uses[parameter] = (self._time, tuple(self._running))
+
+    def ahead(self, model: nn.Module) -> Iterator[nn.Module]:
+        """Modules without parameters that ran on the raw input, before any parameter was used:
+        augmentation, noise. They are on the data's side, and no part of what freezes. Not so what
+        keeps statistics, which frozen layers depend on."""
+        keep = {module for module, _ in self.writes}
+        for module in model.modules() if self.begin is not None else ():
+            parts = set(module.modules())
+            runs = [self.runs[part][0] for part in parts if part in self.runs]
+            if (
+                runs
+                and next(module.parameters(), None) is None
+                and max(runs) < self.begin
+                and parts.isdisjoint(keep)
+                and not any(is_norm(part) or writes_always(part) for part in parts)
+            ):
+                yield module
 
     def count(self, func: Any, args: Any, kwargs: Any, given: Any) -> None:
         """The FLOPs of an operation, by torch's own formulas, for the innermost module."""
@@ -274,6 +292,10 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
         stack.enter_context(scratch(model, watched=True))
         stack.enter_context(uncompiled())
         stack.enter_context(torch.enable_grad())
+        # What the user froze might take attention's path for inference, and the rest not.
+        mha = torch.backends.mha
+        stack.callback(mha.set_fastpath_enabled, mha.get_fastpath_enabled())
+        mha.set_fastpath_enabled(False)
         for module in model.modules():
             stack.callback(setattr, module, "training", module.training)
             module.training = False
@@ -330,6 +352,9 @@ class OrderCheck:
             self.remove()
             if output is not None:  # None after an exception, which is to be seen
                 check_order(self._layers, last_uses(self._layers, self._trace))
+                ahead = set(self._trace.ahead(model))
+                for layer in self._layers[:-1]:
+                    layer.hand_over(ahead, self._layers[-1])
 
     @property
     def pending(self) -> bool:
