@@ -132,7 +132,8 @@ class FreezeOutCallback(Adapter, Callback):
             found = self._frozen_from_start(pl_module, trainer.optimizers, total, trace)
         for layer in self._early:
             layer.freeze(pl_module)
-        if [_parts(layer) for layer in found] != [_parts(layer) for layer in self._early]:
+        ahead = set(trace.ahead(pl_module))  # with the last layer, which is not frozen
+        if [_parts(layer) for layer in found] != [_parts(layer) - ahead for layer in self._early]:
             raise InvalidValue(
                 "layers are to be frozen from the start, and the order in which modules are "
                 "defined does not tell which: give the module an example_input_array"

@@ -149,9 +149,9 @@ _seen_by_compiler._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 class TrainingPath:
     """Keeps a module off torch's paths for inference where it would not take them if its layers
-    trained: in training, and where gradients are recorded. `nn.TransformerEncoder` looks at its first layer's mode, and
-    would, once that is frozen, hand nested tensors to layers that train and do not take them;
-    and a frozen `nn.MultiheadAttention` would compute by another kernel.
+    trained: in training, and where gradients are recorded. `nn.TransformerEncoder` looks at its
+    first layer's mode, and would, once that is frozen, hand nested tensors to layers that train
+    and do not take them; and a frozen `nn.MultiheadAttention` would compute by another kernel.
     """
 
     def __init__(self, module: nn.Module) -> None:
