@@ -217,7 +217,8 @@ class FreezeOutCallback(Adapter, Callback):
 
 def _check_others(trainer: Trainer, pl_module: LightningModule) -> None:
     """InvalidValue for a callback that computes norms' statistics anew."""
-    averaging = [c for c in trainer.callbacks if isinstance(c, StochasticWeightAveraging)]
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    averaging = [c for c in callbacks if isinstance(c, StochasticWeightAveraging)]
     if averaging and any(
         isinstance(m, nn.modules.batchnorm._BatchNorm) for m in pl_module.modules()
     ):

@@ -24,7 +24,9 @@ def scratch(model: nn.Module, watched: bool = False) -> Iterator[None]:
     if it is `watched`: operation by operation, which takes time.
     """
     modules = list(model.modules())
-    own_places = [(own, dict(own)) for each in modules for own in (each._parameters, each._buffers)]
+    own_places: list[tuple[dict[str, Any], dict[str, Any]]] = [
+        (own, dict(own)) for each in modules for own in (each._parameters, each._buffers)
+    ]
     kept = _Kept()
     for module, own, _, tensor in places_of(modules):
         if own is module._buffers or getattr(module, "max_norm", None) is not None:

@@ -131,8 +131,10 @@ class Trace:
         """Modules without parameters that ran on the raw input, before any parameter was used:
         augmentation, noise. They are on the data's side, and no part of what freezes. Not so what
         keeps statistics, which frozen layers depend on."""
+        if self.begin is None:
+            return
         keep = {module for module, _ in self.writes}
-        for module in model.modules() if self.begin is not None else ():
+        for module in model.modules():
             parts = set(module.modules())
             runs = [self.runs[part][0] for part in parts if part in self.runs]
             if (

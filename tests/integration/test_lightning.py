@@ -198,7 +198,7 @@ def test_averaging_that_computes_statistics_anew_is_refused_by_name() -> None:
     assert callback.freezer.timeline.num_frozen(callback.freezer.step_count) > 0
     norms = [part for part in module.modules() if isinstance(part, nn.BatchNorm2d)]
     assert norms
-    assert all(norm.num_batches_tracked > 0 for norm in norms)
+    assert all(int(norm.num_batches_tracked or 0) > 0 for norm in norms)
 
 
 class Noisy(Classifier):
