@@ -17,6 +17,7 @@ from torch.utils.hooks import RemovableHandle
 
 from .errors import CheckpointError, FreezeOutError, InvalidValue
 from .layers import Layer
+from .layers.held import Writes
 from .layers.layer import leaves_of, nodes_of
 from .layers.marks import copied_plainly
 from .layers.trace import rows_of
@@ -45,6 +46,7 @@ class EngagedCheck:
         self._inside: list[RemovableHandle] = []  # on its parts, for one forward pass
         self._owners: dict[nn.Module, Layer] = {}  # of modules with hooks
         self._active = False  # a training forward pass is running
+        self._writes: Writes | None = None  # of that pass
         self._found: dict[str, str] = {}  # what is wrong with it: kind, message
         self._told: set[str] = set()
         self._steps_left = _BEGINNING
@@ -155,6 +157,7 @@ class EngagedCheck:
             if any(leaf not in own for leaf in leaves_of(tree_leaves((args, kwargs)))):
                 self._tell_passes()
             _check_reducer(model)
+            self._writes = Writes(model.modules())
             self._inside += self._look_inside(model)
 
     def _enter_trained(self, module: nn.Module, args: object) -> None:
@@ -173,8 +176,11 @@ class EngagedCheck:
         if torch.compiler.is_compiling() or not self._active:
             return
         self._leave()
+        writes, self._writes = self._writes, None
         if output is None:  # an exception, which is to be seen
             return
+        if writes is not None:
+            self._note_writers(writes)
         names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
         frozen: dict[Tensor, str] = {
             p: layer.name for layer in self._layers if layer.is_frozen for p in layer.parameters
@@ -205,6 +211,22 @@ class EngagedCheck:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+
+    def _note_writers(self, writes: Writes) -> None:
+        """Modules that write their own tensors get copies to write to once they are frozen. One
+        that is frozen, and was not known to, has moved."""
+        layer_of = {module: layer for layer in self._layers for module in layer.modules}
+        for module, name in writes.names():
+            layer = layer_of.get(module)
+            if layer is not None and layer.is_frozen and name in module._parameters:
+                raise FreezeOutError(
+                    f"a forward pass writes parameter {name!r} of a {type(module).__name__} in "
+                    f"layer {layer.name!r}, which is frozen and would not stand still: build "
+                    "FreezeOut with example_inputs, or write it outside of forward(), after "
+                    "optimizer.step()"
+                )
+            if layer is not None:
+                layer.writes.add((module, name))
 
     def _find(self, kind: str, message: str) -> None:
         if not self._found:  # what follows may well be the same culprit's

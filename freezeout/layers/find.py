@@ -383,11 +383,18 @@ def _layers(
         if _is_leaf(module) and (used := _used_last_by(module, trace)):
             # In a block of which only a method is called, say.
             of_module[module] = max(of_parameter[p] for p in used)
-        elif _is_leaf(module) or module in units.parameters:
+        elif (
+            _is_leaf(module)
+            or module in units.parameters
+            or (module in trace.runs and next(module.parameters(), None) is None)
+        ):
             # Without parameters, or with none that are not used again later.
             if module in trace.runs:
                 before = bisect_right(ends, trace.runs[module][0], key=lambda end: end[0])
                 of_module[module] = max((i for _, i in ends[:before]), default=0)
+                for part in module.modules():  # an observer whose method is called
+                    if part not in trace.runs:
+                        of_module.setdefault(part, of_module[module])
             else:
                 of_module[module] = last
         else:  # a container ends where the last of its parts does
@@ -396,6 +403,8 @@ def _layers(
             of_module[module] = max(parts)
         return of_module[module]
 
+    # What is on the data's side is never frozen.
+    of_module.update((module, last) for module in trace.ahead(model))
     inner = set(_inner(units.modules)) - set(units.modules)
     return [
         Layer(
@@ -404,8 +413,20 @@ def _layers(
             (p for p in model.parameters() if of_parameter.get(p, last) == i),
             (module for module in modules if module not in inner),
             _cost(modules, trace),
+            [written for written in trace.writes if place(written[0]) == i],
+            _readers(model, modules),
         )
         for i, name in enumerate(names)
+    ]
+
+
+def _readers(model: nn.Module, modules: Iterable[nn.Module]) -> list[nn.Module]:
+    """Encoders of torch's that look at the mode of one of the modules, their first layer."""
+    own = set(modules)
+    return [
+        module
+        for module in model.modules()
+        if isinstance(module, nn.TransformerEncoder) and own.intersection(module.layers[:1])
     ]
 
 

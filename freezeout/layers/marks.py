@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from ..errors import FreezeOutError
+from .scratch import has_no_values, state_of
 
 if TYPE_CHECKING:
     from .layer import Layer
@@ -59,6 +60,7 @@ class Mark:
             self._replace("reset_running_stats", self.reset_running_stats)
         copied_plainly(self.module)
         self.module.training = False
+        self._counted = self._count()
 
     def take_off(self) -> None:
         """Give the module back, in the mode that it was last asked to have."""
@@ -68,8 +70,7 @@ class Mark:
             if name in without:
                 self.module.__dict__[name] = without[name]
         self.module.training = self.meant
-        if not any(map(_is_ours, _hooks(self.module))):
-            copied_as_ever(self.module)
+        unhooked(self.module)
 
     def removed(self, state: dict[str, Any]) -> dict[str, Any]:
         """A module's attributes as they would be without the mark."""
@@ -80,16 +81,30 @@ class Mark:
         """Stands in for the module's: children that are not frozen still follow."""
         self._note(bool(mode))
         self.module.training = False
+        if mode and self._counted != (counted := self._count()):
+            if not counted[1]:
+                self.reset_running_stats()
+            self._counted = counted
         for child in self.module.children():
             child.train(mode)
         return self.module
 
+    def _count(self) -> tuple[Any, bool]:
+        """Of a norm, what changes with the batches that it has counted, and whether there are any;
+        looked at where that has changed, as an accelerator is waited for."""
+        counter = vars(self.module)["_buffers"].get("num_batches_tracked")
+        if counter is None or has_no_values(counter):
+            return None, True
+        state = id(counter), state_of(counter)
+        known = getattr(self, "_counted", None)
+        return known if known and known[0] == state else (state, bool(counter > 0))
+
     def reset_running_stats(self) -> None:
         """Stands in for a norm's, which `update_bn` calls."""
         raise FreezeOutError(
-            f"the statistics of a frozen {type(self.module).__name__} were to be reset: "
-            "update_bn() on a model with frozen layers would leave them at zero; call it on an "
-            "averaged copy, or call FreezeOut.release() first"
+            f"the statistics of a frozen {type(self.module).__name__} were reset: "
+            "update_bn(), or what else computes them anew, on a model with frozen layers would "
+            "leave them at zero; call it on an averaged copy, or call FreezeOut.release() first"
         )
 
     def _replace(self, name: str, value: Any) -> None:
@@ -97,6 +112,11 @@ class Mark:
         if name in own:
             self._own[name] = own[name]
         own[name] = value  # past __setattr__
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Whether it keeps statistics in training, and uses them in evaluation mode, as torch's do."""
+    return hasattr(module, "running_mean") and hasattr(module, "num_batches_tracked")
 
 
 def mark_of(module: nn.Module) -> Mark | None:
@@ -116,6 +136,12 @@ def copied_as_ever(module: nn.Module) -> None:
     """Undo `copied_plainly`."""
     if vars(module).pop(_COPYING, None) is not None and _copies_deeply(module):
         vars(module).pop("__deepcopy__")
+
+
+def unhooked(module: nn.Module) -> None:
+    """Undo `copied_plainly` unless there is still something that copies come without."""
+    if mark_of(module) is None and not any(map(_is_ours, _hooks(module))):
+        copied_as_ever(module)
 
 
 def take_off(model: nn.Module) -> bool:
@@ -229,6 +255,11 @@ def _without_hooks(state: dict[str, Any]) -> dict[str, Any]:
 def _hooks(module: nn.Module) -> Iterator[Callable[..., Any]]:
     for name in _HOOKS:
         yield from vars(module)[name].values()
+
+
+def foreign_hooks(module: nn.Module) -> Iterator[Callable[..., Any]]:
+    """The module's forward hooks that are not of this package."""
+    yield from (h for h in vars(module)["_forward_hooks"].values() if not _is_ours(h))
 
 
 def _is_ours(hook: Any) -> bool:

@@ -20,6 +20,8 @@ def to_names(model: nn.Module, layers: Iterable[Layer]) -> list[dict[str, Any]]:
             "modules": [modules[module] for module in layer.modules],
             "parameters": [parameters[parameter] for parameter in layer.parameters],
             "boundary": [modules[module] for module in layer.boundary],
+            "writes": [[modules[module], name] for module, name in layer.writes],
+            "readers": [modules[module] for module in layer.readers],
         }
         for layer in layers
     ]
@@ -40,6 +42,8 @@ def from_names(model: nn.Module, written: Sequence[Mapping[str, Any]]) -> list[L
                 [modules[name] for name in layer["modules"]],
                 [parameters[name] for name in layer["parameters"]],
                 [modules[name] for name in layer["boundary"]],
+                writes=[(modules[name], own) for name, own in layer.get("writes", ())],
+                readers=[modules[name] for name in layer.get("readers", ())],
             )
             for layer in written
         ]

@@ -16,7 +16,8 @@ from torch.utils.hooks import RemovableHandle
 from ..errors import InvalidValue, LayerOrderError
 from ..words import first_line
 from .flow import Flow, memory_of
-from .marks import copied_plainly
+from .held import Writes, writes_always
+from .marks import copied_plainly, is_norm
 from .scratch import scratch, uncompiled
 
 if TYPE_CHECKING:
@@ -41,6 +42,8 @@ class Trace:
         flops, saved: of each module that was the innermost one running, the FLOPs of its forward
             pass and the bytes that autograd kept of it; None if these were not counted.
         rows: items in the batch that was seen, 0 if it is not known.
+        begin: the time at which the first parameter was used; None: no forward pass was seen.
+        writes: modules that the forward pass wrote, norms aside, and the name of which tensor.
     """
 
     def __init__(self, flow: Flow | None = None) -> None:
@@ -51,6 +54,8 @@ class Trace:
         self.flops: dict[nn.Module, int] | None = None if flow is None else {}
         self.saved: dict[nn.Module, int] | None = None
         self.rows = 0
+        self.begin: int | None = None
+        self.writes: set[tuple[nn.Module, str]] = set()
         self._time = 0
         self._running: list[nn.Module] = []
 
@@ -100,6 +105,7 @@ class Trace:
         """What a forward pass that runs every module once, as defined, would record."""
         trace = cls()
         trace._define(model)
+        trace.begin = None
         return trace
 
     def _define(self, module: nn.Module) -> None:
@@ -118,7 +124,27 @@ class Trace:
 
     def _use(self, parameter: nn.Parameter) -> None:
         self._time += 1
+        self.begin = self.begin or self._time
         self.uses[parameter] = (self._time, tuple(self._running))
+
+    def ahead(self, model: nn.Module) -> Iterator[nn.Module]:
+        """Modules without parameters that ran on the raw input, before any parameter was used:
+        augmentation, noise. They are on the data's side, and no part of what freezes. Not so what
+        keeps statistics, which frozen layers depend on."""
+        if self.begin is None:
+            return
+        keep = {module for module, _ in self.writes}
+        for module in model.modules():
+            parts = set(module.modules())
+            runs = [self.runs[part][0] for part in parts if part in self.runs]
+            if (
+                runs
+                and next(module.parameters(), None) is None
+                and max(runs) < self.begin
+                and parts.isdisjoint(keep)
+                and not any(is_norm(part) or writes_always(part) for part in parts)
+            ):
+                yield module
 
     def count(self, func: Any, args: Any, kwargs: Any, given: Any) -> None:
         """The FLOPs of an operation, by torch's own formulas, for the innermost module."""
@@ -174,6 +200,7 @@ class Trace:
         # A cast weight that autocast has kept would be used unseen.
         cache = torch.is_autocast_cache_enabled()
         torch.set_autocast_cache_enabled(False)
+        writes = Writes(model.modules())
         try:
             if running:
                 self._start(model)
@@ -186,6 +213,7 @@ class Trace:
                 yield
         finally:
             torch.set_autocast_cache_enabled(cache)
+            self.writes.update(writes.names())
             for handle in handles:
                 handle.remove()
 
@@ -263,9 +291,13 @@ def rows_of(*values: Any) -> int:
 def _undisturbed(model: nn.Module) -> Iterator[None]:
     """Evaluation mode inside; modes, buffers and random state as before afterwards."""
     with ExitStack() as stack:
-        stack.enter_context(scratch(model))
+        stack.enter_context(scratch(model, watched=True))
         stack.enter_context(uncompiled())
         stack.enter_context(torch.enable_grad())
+        # What the user froze might take attention's path for inference, and the rest not.
+        mha = torch.backends.mha
+        stack.callback(mha.set_fastpath_enabled, mha.get_fastpath_enabled())
+        mha.set_fastpath_enabled(False)
         for module in model.modules():
             stack.callback(setattr, module, "training", module.training)
             module.training = False
@@ -322,6 +354,9 @@ class OrderCheck:
             self.remove()
             if output is not None:  # None after an exception, which is to be seen
                 check_order(self._layers, last_uses(self._layers, self._trace))
+                ahead = set(self._trace.ahead(model))
+                for layer in self._layers[:-1]:
+                    layer.hand_over(ahead, self._layers[-1])
 
     @property
     def pending(self) -> bool:
