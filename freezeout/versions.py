@@ -13,7 +13,7 @@ from torch.optim import Adagrad, Optimizer
 from torch.utils._pytree import TreeSpec
 from torch.utils.hooks import RemovableHandle
 
-_ASKS_FOR_NUMBERS = torch.__version__ < (2, 11)
+_ASKS_FOR_NUMBERS = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 11)
 _NUMBER = -1  # torch's own start at zero
 
 
