@@ -392,7 +392,7 @@ def test_optimizers_get_what_they_ask_for(name: str) -> None:
     given = {"metric": 0.25} if name == "metric" else {}
 
     def loss_of(others: Any) -> jax.Array:
-        return jax_loop.loss_fn({**constant, **others}, *x)
+        return jax_loop.loss_fn({**constant, **others}, *x)  # type: ignore[arg-type]
 
     @jax.jit
     def update(others: Any, opt_state: Any) -> Any:
