@@ -17,6 +17,7 @@ from torch.utils.hooks import RemovableHandle
 from .errors import CheckpointError, FreezeOutError, InvalidValue
 from .layers import Layer
 from .layers.marks import copied_plainly
+from .layers.names import without_wrappers
 from .layers.trace import rows_of
 
 _WATCHED = 20  # steps after which missing updates are told
@@ -341,12 +342,15 @@ def check_state(
     missing = [key for key in ("step", "changes", *mine) if key not in state]
     if missing:
         raise CheckpointError(f"this is no FreezeOut state: it has no {missing[0]!r}")
-    if state["layers"] != mine["layers"]:
+    theirs = state["layers"]
+    if not isinstance(theirs, list) or not all(isinstance(name, str) for name in theirs):
+        raise CheckpointError(f"this is no FreezeOut state: its layers are {theirs!r}")
+    # Of a model that was compiled, say, and is not any more.
+    if list(map(without_wrappers, theirs)) != list(map(without_wrappers, mine["layers"])):
         raise CheckpointError(
-            "the checkpoint is of other layers: it has "
-            f"{_first_difference(state['layers'], mine['layers'])}"
+            f"the checkpoint is of other layers: it has {_first_difference(theirs, mine['layers'])}"
         )
-    changed = {key for key in mine if state[key] != mine[key]}
+    changed = {key for key in mine if key != "layers" and state[key] != mine[key]}
     if changed and not allow_schedule_change:
         differences = "; ".join(
             f"{key} was {state[key]!r} and is now {mine[key]!r}" for key in sorted(changed)

@@ -15,6 +15,7 @@ from .cost import check_one_a_layer, saving
 from .errors import CheckpointError, FreezeOutError, InvalidType, InvalidValue
 from .layers import ExampleInputs, Layer, OrderCheck, find_layers, given_layers
 from .layers.marks import is_stopped, take_off
+from .layers.names import plain_parameter_names
 from .optimizers import SplitOptimizer, check_optimizers
 from .plan import Plan, Timeline, check_plan, factors_of, given_layers_are, progress
 from .planned import held_by, plan_layers
@@ -127,7 +128,7 @@ class FreezeOut:
         self._told: set[str] = set()
         # What may raise comes before what leaves marks on the optimizers and the model.
         self._check_factors(max(float(g["lr"]) for each in optimizers for g in each.param_groups))
-        self._names = {parameter: name for name, parameter in model.named_parameters()}
+        self._names = plain_parameter_names(model)
         layer_of = {p: i for i, layer in enumerate(self.layers) for p in layer.parameters}
         names = {p: (self._names[p], self.layers[i].name) for p, i in layer_of.items()}
         self._optimizers = [

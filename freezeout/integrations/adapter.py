@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 from ..errors import InvalidValue
 from ..freezer import FreezeOut
 from ..layers import ExampleInputs, Layer, find_layers, given_layers
+from ..layers.names import module_named, plain_names
 from ..plan import Plan, check_plan
 from ..planned import plan_layers
 from ..schedule import Schedule, read_plan
@@ -130,7 +131,7 @@ class Adapter:
     def _options(self) -> dict[str, Any]:
         """The arguments that make another like this one, as plain values."""
         model = None if self.freezer is None else self.freezer.model
-        names = {} if model is None else {part: name for name, part in model.named_modules()}
+        names = {} if model is None else plain_names(model)
         layers = None if self.layers is None else [_named(names, each) for each in self.layers]
         return {
             "schedule": None if self.schedule is None else plain(self.schedule.describe()),
@@ -166,10 +167,10 @@ def _named(names: Mapping[nn.Module, str], entry: Any) -> Any:
 def _resolved(model: nn.Module, entry: Any) -> Any:
     """An entry of `layers`, with modules in the place of names."""
     if isinstance(entry, str):
-        modules = dict(model.named_modules())
-        if entry not in modules:
+        module = module_named(model, entry)
+        if module is None:
             raise InvalidValue(f"layers names {entry!r}, which is no module of the model")
-        return modules[entry]
+        return module
     if isinstance(entry, nn.Module) or not isinstance(entry, Iterable):
         return entry
     return [_resolved(model, part) for part in entry]

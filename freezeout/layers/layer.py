@@ -24,7 +24,8 @@ class Layer:
     """A group of modules and parameters that freeze together.
 
     Attributes:
-        name: path of the layer's first module that has weights, as in `named_modules()`.
+        name: path of the layer's first module that has weights, as in `named_modules()`, without
+            what wrappers add (`_orig_mod.`, `module.`).
         modules: every module that goes into evaluation mode with the layer, outermost first.
         parameters: every parameter that stops being trained with it. A parameter shared with
             a later layer is that layer's, so a module here may own parameters that are not.
