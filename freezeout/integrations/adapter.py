@@ -2,7 +2,8 @@
 
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from inspect import signature
+from typing import Any, Never
 
 from torch import nn
 from torch.optim import Optimizer
@@ -13,7 +14,7 @@ from ..layers import ExampleInputs, Layer, find_layers, given_layers
 from ..layers.names import module_named, plain_names
 from ..plan import Plan, check_plan
 from ..planned import plan_layers
-from ..schedule import Schedule, read_plan
+from ..schedule import Schedule, read_plan, refuse_options
 from ..values import plain, whole_number
 
 Part = str | nn.Module
@@ -36,6 +37,8 @@ class Adapter:
         freezer: the `FreezeOut` of the run that goes on, or went last; None before the first.
     """
 
+    _of_run: tuple[str, ...] = ()  # attributes beside `freezer` that only a run has
+
     def __init__(
         self,
         schedule: Plan | Mapping[str, Any] | None = None,
@@ -46,7 +49,9 @@ class Adapter:
         anneal: bool = True,
         keep_awake: bool = False,
         allow_schedule_change: bool = False,
+        **unknown: Never,
     ) -> None:
+        refuse_options(type(self).__name__, unknown, signature(type(self)).parameters)
         if isinstance(schedule, Mapping):
             schedule = read_plan(schedule)
         check_plan("schedule", schedule)
@@ -122,6 +127,12 @@ class Adapter:
 
     def _given_layers(self, model: nn.Module) -> list[Any] | None:
         return None if self.layers is None else [_resolved(model, each) for each in self.layers]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles, such as Lightning makes for processes that it starts, have the
+        options, and no part in the run that goes on."""
+        state = {name: value for name, value in vars(self).items() if name not in self._of_run}
+        return {**state, "freezer": None}
 
     def _end(self) -> None:
         """Leave an ordinary model and optimizers behind. `freezer` can still be asked what was."""

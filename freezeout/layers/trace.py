@@ -57,6 +57,7 @@ class Trace:
     @classmethod
     def of(cls, model: nn.Module, example_inputs: ExampleInputs) -> "Trace":
         """What there is to know: of a forward pass, one recorded before, or the definition."""
+        refuse_scripted(model)
         if isinstance(example_inputs, Trace):
             return example_inputs
         if example_inputs is None:
@@ -163,6 +164,7 @@ class Trace:
     @contextmanager
     def listening(self, model: nn.Module, running: bool = False) -> Iterator[None]:
         """Record what runs inside the `with` block; `running`: the model runs already."""
+        refuse_scripted(model)
 
         def before(module: nn.Module, args: object) -> None:
             self._start(module)
@@ -228,6 +230,24 @@ def sharded_modules(model: nn.Module) -> list[Any]:
     from torch.distributed.fsdp import FSDPModule
 
     return [module for module in model.modules() if isinstance(module, FSDPModule)]
+
+
+def refuse_scripted(model: nn.Module) -> None:
+    """InvalidValue if a module is of TorchScript, which takes no hooks."""
+    for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            what = f"module {name!r}" if name else "the model"
+            advice = (
+                "build FreezeOut on it as it was before torch.jit.script or torch.jit.trace, and "
+                "script the model after training"
+                if any(p.requires_grad for p in module.parameters())
+                else "as nothing in it trains, it may stand outside of the model's modules, in a "
+                "list: self.part = [scripted]"
+            )
+            raise InvalidValue(
+                f"{what} is scripted or traced (a {type(module).__name__}), so that nothing in it "
+                f"can be watched or frozen; {advice}"
+            )
 
 
 def _places(model: nn.Module) -> list[tuple[nn.Module, str, nn.Parameter]]:

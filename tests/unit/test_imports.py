@@ -19,7 +19,7 @@ ORDER = [
     {"cost"},
     {"clock", "versions"},
     {"layers"},
-    {"optimizers", "checks", "savings", "planned"},
+    {"optimizers", "checks", "gradients", "savings", "planned"},
     {"freezer"},
     {"parallel", "cache", "profile"},
     {"integrations"},
