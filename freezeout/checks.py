@@ -44,6 +44,7 @@ class EngagedCheck:
         self._told: set[str] = set()
         # Of frozen norms: layer, batches counted, and how many they were; None: not yet known.
         self._counters: list[tuple[str, Tensor, Tensor]] | None = None
+        self._versions: list[int] = []  # of frozen parameters: what writes to them raises these
         self.to_verify = False
         self.rows = 0  # items in the batch of the last forward pass that was looked at
 
@@ -96,8 +97,10 @@ class EngagedCheck:
         if self._counters is None:
             self._counters = self._count()
             return
+        # Weights that were rolled back, or loaded, bring their own counts.
+        loaded = self._versions != self._count_versions()
         for name, counter, before in self._counters:
-            if not torch.equal(counter, before):
+            if not loaded and bool((counter > before).all()):
                 self._find(
                     "stale",
                     f"a norm of frozen layer {name!r} counted another batch, so a forward pass "
@@ -107,7 +110,11 @@ class EngagedCheck:
         self._counters, self.to_verify = None, False
         self._tell()
 
+    def _count_versions(self) -> list[int]:
+        return [p._version for layer in self._layers if layer.is_frozen for p in layer.parameters]
+
     def _count(self) -> list[tuple[str, Tensor, Tensor]]:
+        self._versions = self._count_versions()
         return [
             (layer.name, counter, counter.clone())
             for layer in self._layers
@@ -339,6 +346,8 @@ def check_state(
 ) -> bool:
     """CheckpointError unless the state is of a run with this configuration; whether its schedule
     is another one, which is allowed."""
+    if not isinstance(state, Mapping):
+        raise CheckpointError(f"a FreezeOut state is a dictionary, got {type(state).__name__}")
     missing = [key for key in ("step", "changes", *mine) if key not in state]
     if missing:
         raise CheckpointError(f"this is no FreezeOut state: it has no {missing[0]!r}")

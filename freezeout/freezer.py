@@ -565,6 +565,8 @@ def thaw(model: nn.Module) -> bool:
     Returns:
         Whether anything was frozen.
     """
+    if not isinstance(model, nn.Module):
+        raise InvalidType(f"thaw() takes a model, a torch.nn.Module, got {type(model).__name__}")
     found = False
     drivers = list(_DRIVING)
     parameters = set(model.parameters()) if drivers else set()

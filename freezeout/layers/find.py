@@ -78,7 +78,10 @@ def given_layers(
             raise InvalidValue(f"layers[{number}] is empty")
         for entry in group:
             if not isinstance(entry, nn.Module):
-                raise InvalidType(f"layers[{number}] holds a {type(entry).__name__}, not a module")
+                hint = ", which model.get_submodule(name) gives" if isinstance(entry, str) else ""
+                raise InvalidType(
+                    f"layers[{number}] holds a {type(entry).__name__}, not a module{hint}"
+                )
             if entry not in names:
                 raise InvalidValue(
                     f"layers[{number}] holds a {type(entry).__name__} that is no part of the model"

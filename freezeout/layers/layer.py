@@ -146,7 +146,7 @@ def detached(value: Any) -> Any:
 def _detach_inputs(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
         _seen_by_compiler()
     return tuple(detached(arg) for arg in args), {k: detached(v) for k, v in kwargs.items()}
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
@@ -58,6 +59,7 @@ class Trace:
     def of(cls, model: nn.Module, example_inputs: ExampleInputs) -> "Trace":
         """What there is to know: of a forward pass, one recorded before, or the definition."""
         refuse_scripted(model)
+        _refuse_lazy(model)
         if isinstance(example_inputs, Trace):
             return example_inputs
         if example_inputs is None:
@@ -247,6 +249,17 @@ def refuse_scripted(model: nn.Module) -> None:
             raise InvalidValue(
                 f"{what} is scripted or traced (a {type(module).__name__}), so that nothing in it "
                 f"can be watched or frozen; {advice}"
+            )
+
+
+def _refuse_lazy(model: nn.Module) -> None:
+    """InvalidValue if a lazy module has no sizes yet, and so no parameters to speak of."""
+    for name, module in model.named_modules():
+        own = (*module._parameters.values(), *module._buffers.values())
+        if any(tensor is not None and is_lazy(tensor) for tensor in own):
+            raise InvalidValue(
+                f"module {name!r} ({type(module).__name__}) has no sizes yet: make one forward "
+                "pass, model(x), before the optimizer and FreezeOut are built"
             )
 
 

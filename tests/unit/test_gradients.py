@@ -56,7 +56,7 @@ def in_a_list_made_before(model: nn.Module) -> None:
     trained = [p for p in model.parameters() if p.requires_grad]
     built(model)
     for parameter in trained:
-        parameter.grad += 1  # type: ignore[operator]
+        parameter.grad += 1  # type: ignore[operator, assignment]
 
 
 def in_a_function_called_with_parameters(model: nn.Module) -> None:
@@ -109,9 +109,9 @@ def in_a_method_of_the_model(model: nn.Module) -> None:
     ],
 )
 def test_a_loop_that_will_find_none_is_named(script: Callable[[nn.Module], Any]) -> None:
-    with pytest.warns(UserWarning, match=MESSAGE) as seen:
-        with suppress(AttributeError, TypeError):  # nothing has gone backward here
-            script(linear_net())
+    raised = suppress(AttributeError, TypeError)  # nothing has gone backward here
+    with pytest.warns(UserWarning, match=MESSAGE) as seen, raised:
+        script(linear_net())
     (warning,) = seen
     assert warning.filename == __file__
     assert ".grad" in Path(__file__).read_text().splitlines()[warning.lineno - 1]
@@ -157,7 +157,8 @@ def test_nothing_is_said_of_others(script: Callable[[nn.Module], Any]) -> None:
 @pytest.mark.parametrize("after_backward", [False, True])
 @pytest.mark.parametrize("late", [False, True])
 def test_a_hook_that_falls_silent_is_named_once(after_backward: bool, late: bool) -> None:
-    model, calls = linear_net(), []
+    model = linear_net()
+    calls: list[Any] = []
     optimizer = SGD(model.parameters(), 0.1)
     freezer = built(model, optimizer, example_inputs=vectors(0)[0])
     if late:
