@@ -20,6 +20,7 @@ from .layers import Layer
 from .layers.held import Writes
 from .layers.layer import leaves_of, nodes_of
 from .layers.marks import copied_plainly
+from .layers.names import without_wrappers
 from .layers.trace import rows_of
 from .plan import Timeline
 
@@ -52,6 +53,7 @@ class EngagedCheck:
         self._steps_left = _BEGINNING
         # Of frozen norms: layer, batches counted, and how many they were; None: not yet known.
         self._counters: list[tuple[str, Tensor, Tensor]] | None = None
+        self._versions: list[int] = []  # of frozen parameters: what writes to them raises these
         self.to_verify = False
         self.rows = 0  # items in the batch of the last forward pass that was looked at
 
@@ -114,8 +116,10 @@ class EngagedCheck:
         if self._counters is None:
             self._counters = self._count()
             return
+        # Weights that were rolled back, or loaded, bring their own counts.
+        loaded = self._versions != self._count_versions()
         for name, counter, before in self._counters:
-            if not torch.equal(counter, before):
+            if not loaded and bool((counter > before).all()):
                 self._find(
                     "stale",
                     f"a norm of frozen layer {name!r} counted another batch, so a forward pass "
@@ -125,7 +129,11 @@ class EngagedCheck:
         self._counters, self.to_verify = None, self._steps_left > 0
         self._tell()
 
+    def _count_versions(self) -> list[int]:
+        return [p._version for layer in self._layers if layer.is_frozen for p in layer.parameters]
+
     def _count(self) -> list[tuple[str, Tensor, Tensor]]:
+        self._versions = self._count_versions()
         return [
             (layer.name, counter, counter.clone())
             for layer in self._layers
@@ -346,15 +354,20 @@ def check_state(
 ) -> bool:
     """CheckpointError unless the state is of a run with this configuration; whether its schedule
     is another one, which is allowed."""
+    if not isinstance(state, Mapping):
+        raise CheckpointError(f"a FreezeOut state is a dictionary, got {type(state).__name__}")
     missing = [key for key in ("step", "changes", *mine) if key not in state]
     if missing:
         raise CheckpointError(f"this is no FreezeOut state: it has no {missing[0]!r}")
-    if state["layers"] != mine["layers"]:
+    theirs = state["layers"]
+    if not isinstance(theirs, list) or not all(isinstance(name, str) for name in theirs):
+        raise CheckpointError(f"this is no FreezeOut state: its layers are {theirs!r}")
+    # Of a model that was compiled, say, and is not any more.
+    if list(map(without_wrappers, theirs)) != list(map(without_wrappers, mine["layers"])):
         raise CheckpointError(
-            "the checkpoint is of other layers: it has "
-            f"{_first_difference(state['layers'], mine['layers'])}"
+            f"the checkpoint is of other layers: it has {_first_difference(theirs, mine['layers'])}"
         )
-    changed = {key for key in mine if state[key] != mine[key]}
+    changed = {key for key in mine if key != "layers" and state[key] != mine[key]}
     if changed and not allow_schedule_change:
         differences = "; ".join(
             f"{key} was {state[key]!r} and is now {mine[key]!r}" for key in sorted(changed)

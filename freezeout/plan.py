@@ -385,10 +385,11 @@ STAGES = 8
 def check_plan(name: str, value: object) -> None:
     """InvalidType unless the value is a plan, or None."""
     if value is not None and (isinstance(value, type) or not isinstance(value, Plan)):
-        raise InvalidType(
-            f"{name} must be a plan, such as Schedule(...) or Frozen(...), got "
-            f"{value.__name__ if isinstance(value, type) else type(value).__name__}"
-        )
+        if isinstance(value, type):
+            got = f"{value.__name__}, a class"
+        else:
+            got = f"{type(value).__name__} {value!r}"
+        raise InvalidType(f"{name} must be a plan, such as Schedule(...) or Frozen(...), got {got}")
 
 
 def in_stages(plan: Plan, num_layers: int, total_steps: int | None, stages: int) -> Timeline:

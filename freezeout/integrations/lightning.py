@@ -44,6 +44,7 @@ class FreezeOutCallback(Adapter, Callback):
     `freezeout/saved_share`, the share of the steps' time that freezing has saved.
     """
 
+    _of_run = ("_first", "_early")
     _state: dict[str, Any] | None = None  # of a checkpoint, or of the last fit
     _first: "_FirstStep | None" = None  # the first training step, while it is watched
     _early: tuple[Layer, ...] = ()  # frozen in it, before FreezeOut is built

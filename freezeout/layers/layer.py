@@ -32,7 +32,8 @@ class Layer:
     """A group of modules and parameters that freeze together.
 
     Attributes:
-        name: path of the layer's first module that has weights, as in `named_modules()`.
+        name: path of the layer's first module that has weights, as in `named_modules()`, without
+            what wrappers add (`_orig_mod.`, `module.`).
         modules: every module that goes into evaluation mode with the layer, outermost first.
         parameters: every parameter that stops being trained with it. A parameter shared with
             a later layer is that layer's, so a module here may own parameters that are not.
@@ -284,6 +285,8 @@ def _need_gradients(values: Iterable[Any]) -> bool:
 def _enter(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    if torch.compiler.is_exporting():
+        return None
     if torch.compiler.is_compiling():
         _seen_by_compiler()
         return None

@@ -24,6 +24,7 @@ _BESIDE = {
     "_forward_hooks": ("_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
 }
 _COPYING = "__reduce_ex__"  # what both copy.deepcopy and pickle ask an object itself for
+_SCRIPTING = "__prepare_scriptable__"  # what torch.jit.script calls, if a module has it
 
 
 class Mark:
@@ -126,14 +127,17 @@ def mark_of(module: nn.Module) -> Mark | None:
 
 
 def copied_plainly(module: nn.Module) -> None:
-    """From now on, copies and pickles of the module come without marks and hooks."""
+    """From now on, copies and pickles of the module come without marks and hooks; and
+    `torch.jit.script`, which would compile the hooks, says what to do."""
     vars(module)[_COPYING] = partial(_reduced, module)
+    vars(module)[_SCRIPTING] = _refuse_scripting
     if hasattr(type(module), "__deepcopy__"):  # it is asked first, as of parametrized modules
         vars(module)["__deepcopy__"] = partial(_deep_copied, module)
 
 
 def copied_as_ever(module: nn.Module) -> None:
     """Undo `copied_plainly`."""
+    vars(module).pop(_SCRIPTING, None)
     if vars(module).pop(_COPYING, None) is not None and _copies_deeply(module):
         vars(module).pop("__deepcopy__")
 
@@ -228,12 +232,20 @@ def _deep_copied(module: nn.Module, memo: dict[int, Any]) -> Any:
 
 def _plain(module: nn.Module, state: dict[str, Any]) -> dict[str, Any]:
     """The module's attributes without what we have put there."""
-    ours = {_COPYING, "__deepcopy__"} if _copies_deeply(module) else {_COPYING}
+    ours = {_COPYING, _SCRIPTING, *(["__deepcopy__"] if _copies_deeply(module) else [])}
     state = {name: value for name, value in state.items() if name not in ours}
     mark = mark_of(module)
     if mark is not None:
         state = mark.removed(state)
     return {**state, **_without_hooks(state)}
+
+
+def _refuse_scripting() -> Any:
+    """Stands in for the module's `__prepare_scriptable__`."""
+    raise FreezeOutError(
+        "torch.jit.script() on a model that FreezeOut trains would compile its hooks: script a "
+        "copy, torch.jit.script(copy.deepcopy(model)), or call FreezeOut.release() first"
+    )
 
 
 def _copies_deeply(module: nn.Module) -> bool:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
@@ -62,6 +63,8 @@ class Trace:
     @classmethod
     def of(cls, model: nn.Module, example_inputs: ExampleInputs) -> "Trace":
         """What there is to know: of a forward pass, one recorded before, or the definition."""
+        refuse_scripted(model)
+        _refuse_lazy(model)
         if isinstance(example_inputs, Trace):
             return example_inputs
         if example_inputs is None:
@@ -189,6 +192,7 @@ class Trace:
     @contextmanager
     def listening(self, model: nn.Module, running: bool = False) -> Iterator[None]:
         """Record what runs inside the `with` block; `running`: the model runs already."""
+        refuse_scripted(model)
 
         def before(module: nn.Module, args: object) -> None:
             self._start(module)
@@ -256,6 +260,35 @@ def sharded_modules(model: nn.Module) -> list[Any]:
     from torch.distributed.fsdp import FSDPModule
 
     return [module for module in model.modules() if isinstance(module, FSDPModule)]
+
+
+def refuse_scripted(model: nn.Module) -> None:
+    """InvalidValue if a module is of TorchScript, which takes no hooks."""
+    for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            what = f"module {name!r}" if name else "the model"
+            advice = (
+                "build FreezeOut on it as it was before torch.jit.script or torch.jit.trace, and "
+                "script the model after training"
+                if any(p.requires_grad for p in module.parameters())
+                else "as nothing in it trains, it may stand outside of the model's modules, in a "
+                "list: self.part = [scripted]"
+            )
+            raise InvalidValue(
+                f"{what} is scripted or traced (a {type(module).__name__}), so that nothing in it "
+                f"can be watched or frozen; {advice}"
+            )
+
+
+def _refuse_lazy(model: nn.Module) -> None:
+    """InvalidValue if a lazy module has no sizes yet, and so no parameters to speak of."""
+    for name, module in model.named_modules():
+        own = (*module._parameters.values(), *module._buffers.values())
+        if any(tensor is not None and is_lazy(tensor) for tensor in own):
+            raise InvalidValue(
+                f"module {name!r} ({type(module).__name__}) has no sizes yet: make one forward "
+                "pass, model(x), before the optimizer and FreezeOut are built"
+            )
 
 
 def _places(model: nn.Module) -> list[tuple[nn.Module, str, nn.Parameter]]:

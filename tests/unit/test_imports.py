@@ -19,7 +19,7 @@ ORDER = [
     {"cost"},
     {"clock", "versions"},
     {"layers", "parts"},
-    {"optimizers", "checks", "savings", "planned"},
+    {"optimizers", "checks", "gradients", "savings", "planned"},
     {"trial"},
     {"freezer"},
     {"parallel", "cache", "profile"},
