@@ -443,6 +443,17 @@ class GradientWatch:
         self._handles.clear()
 
 
+def hooked(parameters: Mapping[nn.Parameter, str]) -> tuple[str, str] | None:
+    """The name of the first of the parameters that has a gradient hook, and what that is called."""
+    for parameter, name in parameters.items():
+        for attribute in ("_backward_hooks", "_post_accumulate_grad_hooks"):
+            for hook in (getattr(parameter, attribute, None) or {}).values():
+                home = getattr(hook, "__module__", None) or type(hook).__module__
+                called = getattr(hook, "__qualname__", None) or type(hook).__qualname__
+                return name, f"{home}.{called}"
+    return None
+
+
 class UpdateWatch:
     """Warns if most of the first steps came without an update: micro-batches counted as steps."""
 

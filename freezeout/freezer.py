@@ -11,10 +11,16 @@ from weakref import WeakSet
 from torch import nn
 from torch.optim import Optimizer
 
-from .checks import EngagedCheck, GradientWatch, UpdateWatch, check_state, check_unchanged
+from .checks import (
+    EngagedCheck,
+    GradientWatch,
+    UpdateWatch,
+    check_state,
+    check_unchanged,
+    hooked,
+)
 from .cost import check_one_a_layer, saving
 from .errors import CheckpointError, FreezeOutError, InvalidType, InvalidValue
-from .gradients import hooked, tell_of_loops
 from .layers import ExampleInputs, Layer, OrderCheck, find_layers, given_layers
 from .layers.marks import is_stopped, take_off
 from .layers.names import plain_parameter_names
@@ -139,10 +145,6 @@ class FreezeOut:
         groups = [group for each in optimizers for group in each.param_groups]
         # A scheduler that warms up has made the rate of now a small one, or zero.
         self._check_factors(max(float(g.get("initial_lr", rate_of(g))) for g in groups))
-        freezing = [p for p in self._parameters_of(max(self.timeline.depths)) if p.requires_grad]
-        if freezing:
-            first = next(step for step, depth in self.timeline.changes if depth > planned.given)
-            tell_of_loops(model, freezing, first)
         self._names = plain_parameter_names(model)
         layer_of = {p: i for i, layer in enumerate(self.layers) for p in layer.parameters}
         names = {p: (self._names[p], self.layers[i].name) for p, i in layer_of.items()}

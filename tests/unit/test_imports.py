@@ -19,7 +19,7 @@ ORDER = [
     {"cost"},
     {"clock", "versions"},
     {"layers", "parts"},
-    {"optimizers", "checks", "gradients", "savings", "planned"},
+    {"optimizers", "checks", "savings", "planned"},
     {"trial"},
     {"freezer"},
     {"parallel", "cache", "profile"},
