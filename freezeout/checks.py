@@ -407,7 +407,11 @@ class GradientWatch:
         self._layers, self._timeline = layers, timeline
         self._reached: set[int] = set()
         # After the step, since a closure computes gradients in it.
-        self._handles = {each: each.register_step_post_hook(self._after) for each in optimizers}
+        self._handles = {
+            each: each.register_step_post_hook(self._after)
+            for each in optimizers
+            if hasattr(each, "_optimizer_step_post_hooks")  # not a wrapper that was never set up
+        }
 
     def _after(self, optimizer: Optimizer, args: object, kwargs: object) -> None:
         """Each optimizer's first update: by another's, gradients may be gone."""

@@ -186,7 +186,8 @@ def _watched(freezer: FreezeOut) -> Iterator[None]:
             promise(not _requires_grad(output), f"{names[module]} makes no autograd node")
 
     def outside(module: nn.Module, args: object, output: object) -> None:
-        if not running:
+        # Of a tied weight's module it is seen below, in the graph: it is detached after this hook.
+        if not running and module not in tied:
             promise(not _requires_grad(output), f"{names[module]} hands on no gradient")
 
     def saved(value: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..versions import numbered_alike
 from .marks import Mark, copied_plainly, is_norm, mark_of, unhooked
 from .scratch import equal, has_no_values, places_of, state_of
 
@@ -79,7 +80,9 @@ class Held:
         self._depth = 0
         self._handles = [
             module.register_forward_pre_hook(self._enter, prepend=True),
-            module.register_forward_hook(self._leave, always_call=True),
+            numbered_alike(
+                module.register_forward_hook(self._leave, always_call=True), always_called=True
+            ),
         ]
         if not self._places:
             self.remove()
@@ -159,7 +162,9 @@ class TrainingPath:
         self._before: list[bool] = []
         self._handles = [
             module.register_forward_pre_hook(self._enter, prepend=True),
-            module.register_forward_hook(self._leave, always_call=True),
+            numbered_alike(
+                module.register_forward_hook(self._leave, always_call=True), always_called=True
+            ),
         ]
         copied_plainly(module)
 

@@ -397,12 +397,16 @@ def test_without_example_inputs_a_mismatch_raises_in_the_first_training_forward(
 
 def test_the_check_goes_away_after_the_first_training_forward() -> None:
     model = conv_net()
-    FreezeOut(model, torch.optim.SGD(model.parameters(), 0.1), 10)
+    freezer = FreezeOut(model, torch.optim.SGD(model.parameters(), 0.1), 10)
     assert any(m._forward_pre_hooks for m in model.modules())
     for clone in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         clone(models.images(0)[0])
     model(models.images(0)[0])
-    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    inner = [m for m in model.modules() if m is not model]
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in inner)
+    freezer.step()
+    freezer.step()
+    assert not (model._forward_hooks or model._forward_pre_hooks)
 
 
 def test_the_check_sees_a_weight_used_again_as_a_function() -> None:
@@ -465,7 +469,7 @@ def test_copies_and_pickles_are_ordinary_and_leave_the_layer_frozen(clone: Any) 
         for name, _ in model.named_parameters()  # which the user froze
     ]
     assert other[:4](models.images(0)[0]).requires_grad
-    assert not model[:4](models.images(0)[0].requires_grad_()).requires_grad
+    assert not model[:4](models.images(0)[0]).requires_grad
     assert layer.is_frozen
     assert not model.train()[1].training
     assert not any(p.requires_grad for p in layer.parameters)
@@ -484,15 +488,13 @@ def test_unfreezing_undoes_freezing() -> None:
 
 
 @pytest.mark.parametrize("output", ["tensor", "tuple", "dict", "nested"])
-def test_a_frozen_layer_detaches_whatever_goes_in_and_out(output: str) -> None:
+def test_a_frozen_layer_detaches_whatever_goes_out(output: str) -> None:
     class Block(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.weight = nn.Parameter(torch.ones(5))
 
         def forward(self, x: Tensor, *, by: list[Tensor]) -> Any:
-            assert not x.requires_grad
-            assert not by[0].requires_grad
             y = x * by[0] * self.weight
             forms = {"tensor": y, "tuple": (y, 1), "dict": {"y": y}, "nested": [{"a": (y, None)}]}
             return forms[output]
@@ -500,7 +502,7 @@ def test_a_frozen_layer_detaches_whatever_goes_in_and_out(output: str) -> None:
     block = Block()
     layer = Layer("block", [block], [])  # its weight is tied to a layer still trained
     layer.freeze()
-    x = torch.ones(2, 5, requires_grad=True)
+    x = torch.ones(2, 5)
     result = block(x, by=[x])
     found = [leaf for leaf in torch.utils._pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
     assert len(found) == 1
