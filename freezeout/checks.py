@@ -17,8 +17,10 @@ from torch.utils.hooks import RemovableHandle
 
 from .errors import CheckpointError, FreezeOutError, InvalidValue
 from .layers import Layer
+from .layers.held import Writes
 from .layers.layer import leaves_of, nodes_of
 from .layers.marks import copied_plainly
+from .layers.names import without_wrappers
 from .layers.trace import rows_of
 from .plan import Timeline
 
@@ -45,11 +47,13 @@ class EngagedCheck:
         self._inside: list[RemovableHandle] = []  # on its parts, for one forward pass
         self._owners: dict[nn.Module, Layer] = {}  # of modules with hooks
         self._active = False  # a training forward pass is running
+        self._writes: Writes | None = None  # of that pass
         self._found: dict[str, str] = {}  # what is wrong with it: kind, message
         self._told: set[str] = set()
         self._steps_left = _BEGINNING
         # Of frozen norms: layer, batches counted, and how many they were; None: not yet known.
         self._counters: list[tuple[str, Tensor, Tensor]] | None = None
+        self._versions: list[int] = []  # of frozen parameters: what writes to them raises these
         self.to_verify = False
         self.rows = 0  # items in the batch of the last forward pass that was looked at
 
@@ -112,8 +116,10 @@ class EngagedCheck:
         if self._counters is None:
             self._counters = self._count()
             return
+        # Weights that were rolled back, or loaded, bring their own counts.
+        loaded = self._versions != self._count_versions()
         for name, counter, before in self._counters:
-            if not torch.equal(counter, before):
+            if not loaded and bool((counter > before).all()):
                 self._find(
                     "stale",
                     f"a norm of frozen layer {name!r} counted another batch, so a forward pass "
@@ -123,7 +129,11 @@ class EngagedCheck:
         self._counters, self.to_verify = None, self._steps_left > 0
         self._tell()
 
+    def _count_versions(self) -> list[int]:
+        return [p._version for layer in self._layers if layer.is_frozen for p in layer.parameters]
+
     def _count(self) -> list[tuple[str, Tensor, Tensor]]:
+        self._versions = self._count_versions()
         return [
             (layer.name, counter, counter.clone())
             for layer in self._layers
@@ -155,6 +165,7 @@ class EngagedCheck:
             if any(leaf not in own for leaf in leaves_of(tree_leaves((args, kwargs)))):
                 self._tell_passes()
             _check_reducer(model)
+            self._writes = Writes(model.modules())
             self._inside += self._look_inside(model)
 
     def _enter_trained(self, module: nn.Module, args: object) -> None:
@@ -173,8 +184,11 @@ class EngagedCheck:
         if torch.compiler.is_compiling() or not self._active:
             return
         self._leave()
+        writes, self._writes = self._writes, None
         if output is None:  # an exception, which is to be seen
             return
+        if writes is not None:
+            self._note_writers(writes)
         names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
         frozen: dict[Tensor, str] = {
             p: layer.name for layer in self._layers if layer.is_frozen for p in layer.parameters
@@ -205,6 +219,22 @@ class EngagedCheck:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+
+    def _note_writers(self, writes: Writes) -> None:
+        """Modules that write their own tensors get copies to write to once they are frozen. One
+        that is frozen, and was not known to, has moved."""
+        layer_of = {module: layer for layer in self._layers for module in layer.modules}
+        for module, name in writes.names():
+            layer = layer_of.get(module)
+            if layer is not None and layer.is_frozen and name in module._parameters:
+                raise FreezeOutError(
+                    f"a forward pass writes parameter {name!r} of a {type(module).__name__} in "
+                    f"layer {layer.name!r}, which is frozen and would not stand still: build "
+                    "FreezeOut with example_inputs, or write it outside of forward(), after "
+                    "optimizer.step()"
+                )
+            if layer is not None:
+                layer.writes.add((module, name))
 
     def _find(self, kind: str, message: str) -> None:
         if not self._found:  # what follows may well be the same culprit's
@@ -324,15 +354,20 @@ def check_state(
 ) -> bool:
     """CheckpointError unless the state is of a run with this configuration; whether its schedule
     is another one, which is allowed."""
+    if not isinstance(state, Mapping):
+        raise CheckpointError(f"a FreezeOut state is a dictionary, got {type(state).__name__}")
     missing = [key for key in ("step", "changes", *mine) if key not in state]
     if missing:
         raise CheckpointError(f"this is no FreezeOut state: it has no {missing[0]!r}")
-    if state["layers"] != mine["layers"]:
+    theirs = state["layers"]
+    if not isinstance(theirs, list) or not all(isinstance(name, str) for name in theirs):
+        raise CheckpointError(f"this is no FreezeOut state: its layers are {theirs!r}")
+    # Of a model that was compiled, say, and is not any more.
+    if list(map(without_wrappers, theirs)) != list(map(without_wrappers, mine["layers"])):
         raise CheckpointError(
-            "the checkpoint is of other layers: it has "
-            f"{_first_difference(state['layers'], mine['layers'])}"
+            f"the checkpoint is of other layers: it has {_first_difference(theirs, mine['layers'])}"
         )
-    changed = {key for key in mine if state[key] != mine[key]}
+    changed = {key for key in mine if key != "layers" and state[key] != mine[key]}
     if changed and not allow_schedule_change:
         differences = "; ".join(
             f"{key} was {state[key]!r} and is now {mine[key]!r}" for key in sorted(changed)
@@ -410,6 +445,17 @@ class GradientWatch:
         for handle in self._handles.values():
             handle.remove()
         self._handles.clear()
+
+
+def hooked(parameters: Mapping[nn.Parameter, str]) -> tuple[str, str] | None:
+    """The name of the first of the parameters that has a gradient hook, and what that is called."""
+    for parameter, name in parameters.items():
+        for attribute in ("_backward_hooks", "_post_accumulate_grad_hooks"):
+            for hook in (getattr(parameter, attribute, None) or {}).values():
+                home = getattr(hook, "__module__", None) or type(hook).__module__
+                called = getattr(hook, "__qualname__", None) or type(hook).__qualname__
+                return name, f"{home}.{called}"
+    return None
 
 
 class UpdateWatch:

@@ -1,25 +1,34 @@
 """`FreezeOut`: a plan of what trains when, applied to a model's layers and to its optimizers."""
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from inspect import signature
 from operator import attrgetter
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Never, Self
 from weakref import WeakSet
 
 from torch import nn
 from torch.optim import Optimizer
 
-from .checks import EngagedCheck, GradientWatch, UpdateWatch, check_state, check_unchanged
+from .checks import (
+    EngagedCheck,
+    GradientWatch,
+    UpdateWatch,
+    check_state,
+    check_unchanged,
+    hooked,
+)
 from .cost import check_one_a_layer, saving
 from .errors import CheckpointError, FreezeOutError, InvalidType, InvalidValue
 from .layers import ExampleInputs, Layer, OrderCheck, find_layers, given_layers
 from .layers.marks import is_stopped, take_off
+from .layers.names import plain_parameter_names
 from .optimizers import SplitOptimizer, check_optimizers, rate_of
 from .plan import Plan, Timeline, check_plan, factors_of, given_layers_are, progress
 from .planned import held_by, plan_layers
 from .savings import BytesSaved, SecondsSaved, StepTimes, bytes_saved, seconds_saved
-from .schedule import STEEP, Schedule
+from .schedule import STEEP, Schedule, refuse_options
 from .trial import check_rates
 from .values import plain, whole_number
 from .words import duration, size
@@ -93,7 +102,9 @@ class FreezeOut:
         freeze_every: int = 1,
         anneal: bool = True,
         keep_awake: bool = False,
+        **unknown: Never,
     ) -> None:
+        refuse_options("FreezeOut", unknown, signature(FreezeOut).parameters)
         self.total_steps = None if total_steps is None else whole_number("total_steps", total_steps)
         self.freeze_every = whole_number("freeze_every", freeze_every)
         check_plan("schedule", schedule)
@@ -131,8 +142,10 @@ class FreezeOut:
         # What may raise comes before what leaves marks on the optimizers and the model.
         anneals, differ = self._rates_planned()
         check_rates(optimizers, anneals, differ)
-        self._check_factors(max(rate_of(g) for each in optimizers for g in each.param_groups))
-        self._names = {parameter: name for name, parameter in model.named_parameters()}
+        groups = [group for each in optimizers for group in each.param_groups]
+        # A scheduler that warms up has made the rate of now a small one, or zero.
+        self._check_factors(max(float(g.get("initial_lr", rate_of(g))) for g in groups))
+        self._names = plain_parameter_names(model)
         layer_of = {p: i for i, layer in enumerate(self.layers) for p in layer.parameters}
         names = {p: (self._names[p], self.layers[i].name) for p, i in layer_of.items()}
         self._optimizers = [
@@ -165,9 +178,10 @@ class FreezeOut:
         largest = max(factors)
         if largest > STEEP:
             name = self.layers[factors.index(largest)].name
+            rate = f" ({largest * base_rate:.3g})" if base_rate else ""
             warnings.warn(
-                f"layer {name!r} starts at {largest:.3g} times the base learning rate "
-                f"({largest * base_rate:.3g}), because it freezes so early and scale_lr gives "
+                f"layer {name!r} starts at {largest:.3g} times the base learning rate{rate}, "
+                "because it freezes so early and scale_lr gives "
                 "every layer the same total; a larger t_0, or scale_lr=False, starts lower",
                 stacklevel=3,
             )
@@ -270,6 +284,7 @@ class FreezeOut:
         after = self.timeline.num_frozen(self._step + 1)
         if after != before or not self._looked:
             check_unchanged(self.model, self.layers, self._names)
+            self._tell_hooks()
             self._looked = True
         self.times.record(before, self.layers[-1].parameters[0].device)
         self._step += 1
@@ -379,6 +394,13 @@ class FreezeOut:
     ) -> None:
         self.release()
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise InvalidType(
+            "a FreezeOut cannot be copied or pickled, as it drives one model and its optimizers: "
+            "keep freezer.state_dict(), which load_state_dict() of another one takes (and keep it "
+            "out of the model's attributes, where the model is to be copied)"
+        )
+
     # --- for people ---------------------------------------------------------------------
 
     @property
@@ -442,7 +464,8 @@ class FreezeOut:
         return "; ".join(parts)
 
     def __str__(self) -> str:
-        """A table of the layers: parameters, freeze step, learning rate."""
+        """A table of the layers: parameters, freeze step, learning rate; `lr` is the optimizer's,
+        whatever a scheduler makes of it."""
         depth = self.timeline.num_frozen(self._step)
         width = max(len("layer"), *(len(layer.name) for layer in self.layers))
         of = "" if self.total_steps is None else f" of {self.total_steps}"
@@ -450,24 +473,21 @@ class FreezeOut:
         lines = [
             f"FreezeOut {'released at' if self._released else 'at'} step {self._step}{of}, "
             f"{state}frozen",
-            f"{'layer':<{width}}  {'parameters':>12}  {'freezes at':>10}  {'starts at':>10}  "
+            f"{'layer':<{width}}  {'parameters':>12}  {'freezes at':>10}  {'starts at':>12}  "
             f"{'now':>10}",
         ]
         starts = self._factors_for(0)
-        rows = zip(
-            self.layers,
-            self.freeze_steps,
-            starts,
-            self._base_rates(),
-            self.learning_rates,
-            strict=True,
-        )
-        for i, (layer, end, start, base, rate) in enumerate(rows):
+        rows = zip(self.layers, self.freeze_steps, starts, self.learning_rates, strict=True)
+        for i, (layer, end, start, rate) in enumerate(rows):
             count = sum(p.numel() for p in layer.parameters)
             when = "never" if end in (None, self.total_steps) else "start" if not end else str(end)
             now = f"{rate:.4g}" if i >= depth else "was frozen" if self._released else "frozen"
+            first = f"{start:.4g} x lr" if start else "0"
+            lines.append(f"{layer.name:<{width}}  {count:>12,}  {when:>10}  {first:>12}  {now:>10}")
+        if not self._released and any(self.timeline.depths):
             lines.append(
-                f"{layer.name:<{width}}  {count:>12,}  {when:>10}  {base * start:>10.4g}  {now:>10}"
+                "The .grad of frozen parameters is None: loops over gradients need "
+                "`if p.grad is not None`."
             )
         return "\n".join(lines)
 
@@ -510,9 +530,7 @@ class FreezeOut:
                     optimizer.drop_state(layer.parameters)
             elif i >= num_frozen and layer.is_frozen:
                 layer.unfreeze()
-        self._frozen_parameters = tuple(
-            p for layer in self.layers[:num_frozen] for p in layer.parameters
-        )
+        self._frozen_parameters = tuple(self._parameters_of(num_frozen))
         for optimizer in self._optimizers:
             optimizer.settle()
         self._engaged.arm(loaded)
@@ -531,6 +549,21 @@ class FreezeOut:
             f"of {layer!r} first); it is undone in each step, and they are not trained. To train "
             "them, choose a plan that does not freeze them, or call release()",
         )
+
+    def _parameters_of(self, depth: int) -> Iterator[nn.Parameter]:
+        return (p for layer in self.layers[:depth] for p in layer.parameters)
+
+    def _tell_hooks(self) -> None:
+        """That hooks on parameters which are frozen, now or later, will not be called."""
+        names = {p: self._names[p] for p in self._parameters_of(max(self.timeline.depths))}
+        if (found := hooked(names)) is not None:
+            name, hook = found
+            self._tell(
+                "hooks",
+                f"parameter {name!r} has a gradient hook ({hook}), which is not called while its "
+                "layer is frozen: there is no gradient then, and .grad is None. What waits for it, "
+                "or collects the gradients of all parameters, must do without",
+            )
 
     def _tell_over(self) -> None:
         self._tell(
@@ -567,6 +600,8 @@ def thaw(model: nn.Module) -> bool:
     Returns:
         Whether anything was frozen.
     """
+    if not isinstance(model, nn.Module):
+        raise InvalidType(f"thaw() takes a model, a torch.nn.Module, got {type(model).__name__}")
     found = False
     drivers = list(_DRIVING)
     parameters = set(model.parameters()) if drivers else set()

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from .errors import InvalidValue
 from .layers import Layer
 from .layers.layer import merged
+from .layers.names import plain_names
 from .plan import Plan, Timeline, bound
 
 
@@ -49,10 +50,14 @@ def plan_layers(
     Raises:
         InvalidValue: nothing trains, or the plan does not go with the layers.
     """
-    paths = {module: name for name, module in model.named_modules()}
+    # A name that a plan has been given may be with wrappers' parts or without.
+    paths = {module: name for name, module in model.named_modules()}, plain_names(model)
 
     def planned(layers: list[Layer], given: int) -> Planned:
-        names = [[paths.get(module, "") for module in layer.modules] for layer in layers]
+        names = [
+            list(dict.fromkeys(each.get(module, "") for module in layer.modules for each in paths))
+            for layer in layers
+        ]
         plan, timeline = bound(schedule, names, given, total_steps, freeze_every)
         return Planned(layers, given, plan, timeline)
 

@@ -14,7 +14,8 @@ function of numbers and needs the standard library only.
 import math
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
+from difflib import get_close_matches
 from itertools import pairwise
 from typing import Any, Literal, get_args
 
@@ -171,6 +172,28 @@ def read_plan(description: Mapping[str, Any]) -> Plan:
         if isinstance(error, InvalidType):
             raise
         raise InvalidValue(f"{dict(description)!r} describes no {kind}: {error}") from error
+
+
+def refuse_options(what: str, unknown: Mapping[str, Any], known: Iterable[str]) -> None:
+    """InvalidType if there are `unknown` keyword arguments: whoever `what` is, it has those that
+    are `known`; and a plan's are given in a plan.
+
+    >>> refuse_options("FreezeOut", {"t_0": 0.5}, ["schedule"])
+    Traceback (most recent call last):
+    freezeout.errors.InvalidType: FreezeOut has no option 't_0': give schedule=Schedule(t_0=0.5)
+    """
+    for name in unknown:
+        for plan in (Schedule, Frozen):
+            own = [each.name for each in fields(plan)]
+            if name in own:
+                said = ", ".join(f"{k}={v!r}" for k, v in unknown.items() if k in own)
+                advice = f"give schedule={plan.__name__}({said})"
+                break
+        else:
+            known = [each for each in known if each not in ("self", "unknown")]
+            near = get_close_matches(name, known, n=1)
+            advice = f"is it {near[0]!r}?" if near else f"it has {', '.join(known)}"
+        raise InvalidType(f"{what} has no option {name!r}: {advice}")
 
 
 def factor(step: int, freeze_step: int, total_steps: int, scale_lr: bool) -> float:

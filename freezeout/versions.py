@@ -14,7 +14,7 @@ from torch.utils._pytree import TreeSpec
 from torch.utils.hooks import RemovableHandle
 
 _ASKS_FOR_NUMBERS = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 11)
-_NUMBER = -1  # torch's own start at zero
+_NUMBER, _ALWAYS_CALLED = -1, -2  # torch's own start at zero
 
 
 class Structure:
@@ -45,16 +45,17 @@ def no_grad() -> Iterator[None]:
         torch.set_autocast_cache_enabled(cached)
 
 
-def numbered_alike(handle: RemovableHandle) -> RemovableHandle:
-    """The hook, under a number that is the same in all modules. Before torch 2.11 a graph of a
-    block with a hook that takes keyword arguments asks for the hook's number: equal blocks would
-    not share it."""
+def numbered_alike(handle: RemovableHandle, always_called: bool = False) -> RemovableHandle:
+    """The hook, under a number that is the same in all modules. A graph of a block asks for the
+    number of a hook that is always called, and before torch 2.11 of one that takes keyword
+    arguments: equal blocks would not share it."""
     hooks = handle.hooks_dict_ref()
-    if _ASKS_FOR_NUMBERS and hooks is not None and _NUMBER not in hooks:
+    number = _ALWAYS_CALLED if always_called else _NUMBER
+    if (_ASKS_FOR_NUMBERS or always_called) and hooks is not None and number not in hooks:
         beside = [there for ref in handle.extra_dict_ref if (there := ref()) is not None]
         for numbered in (hooks, *(there for there in beside if handle.id in there)):
-            numbered[_NUMBER] = numbered.pop(handle.id)
-        handle.id = _NUMBER
+            numbered[number] = numbered.pop(handle.id)
+        handle.id = number
     return handle
 
 

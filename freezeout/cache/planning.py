@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
 from ..layers import Layer
+from ..layers.held import asks_for_mode
 from ..layers.scratch import close, equal, generators, scratch
 from .inputs import Batch
 from .placeholders import Placeholders, Unservable, reason_of, tensors_within
@@ -53,9 +54,9 @@ def make_plan(
         raise Unservable("no frozen module is called by the rest of the model")
     with scratch(model):
         few = probe(model, frozen, batch, real.calls)
-    _check_frontier(real, few, batch.size)
     if real.draws:
         check_draws(model, frozen, batch, real)
+    _check_frontier(real, few, batch.size)
     only_size = 1 if batch.size == 1 else None
     calls = _specs(real.calls, few.calls, batch.size, only_size)
     plan = _plan(model, layers, depth, calls, only_size, real.draws, placeholders)
@@ -164,9 +165,11 @@ def _check_modules(model: nn.Module, frozen: set[nn.Module]) -> None:
 
 def _is_harmless(hook: Any) -> bool:
     """Freezing's own hooks, torch's that compute a weight (weight_norm), and transformers' that
-    gather what is asked for in the output, which is looked through."""
+    gather what is asked for in the output, which is looked through; not those that add to it in
+    training (NEFTune)."""
     home = getattr(hook, "__module__", None) or type(hook).__module__
-    return home.startswith(("freezeout.", "torch.nn.utils.", "transformers."))
+    known = home.startswith(("freezeout.", "torch.nn.utils.", "transformers."))
+    return known and (home.startswith("freezeout.") or not asks_for_mode(hook))
 
 
 def _check_frontier(real: Recorder, few: Recorder, size: int) -> None:

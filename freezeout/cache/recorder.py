@@ -159,7 +159,8 @@ def probe(
     use and keep."""
     count = min(batch.size, 2 if batch.size > 2 else 1)
     few = batch.rows(range(batch.size - 1, batch.size - 1 - count, -1))
-    kept = _kept_tensors(frozen)
+    weightless = {m for m in model.modules() if next(m.parameters(), None) is None}
+    kept = _kept_tensors(frozen | weightless)
     trace = Trace()
     recorder = Recorder(model, frozen)
     with uncompiled(), trace.listening(model):
@@ -178,12 +179,13 @@ def probe(
     trained = [names[p] for p in trace.uses if p.requires_grad]
     if trained:
         raise Unservable(f"parameter {trained[0]!r} is used in front of the frontier and trains")
-    after = _kept_tensors(frozen)
+    after = _kept_tensors(frozen | (weightless & set(trace.runs)))
     for key, value in after.items():
         if key in kept and not _same_kept(kept[key], value):
             module, attribute = key
+            where = "frozen" if module in frozen else "preceding"
             raise Unservable(
-                f"a frozen {type(module).__name__} keeps tensors from call to call, in its "
+                f"a {where} {type(module).__name__} keeps tensors from call to call, in its "
                 f"attribute {attribute!r}"
             )
     return recorder

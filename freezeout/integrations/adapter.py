@@ -2,7 +2,8 @@
 
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from inspect import signature
+from typing import Any, Never
 
 from torch import nn
 from torch.optim import Optimizer
@@ -10,9 +11,10 @@ from torch.optim import Optimizer
 from ..errors import InvalidValue
 from ..freezer import FreezeOut
 from ..layers import ExampleInputs, Layer, find_layers, given_layers
+from ..layers.names import module_named, plain_names
 from ..plan import Plan, check_plan
 from ..planned import plan_layers
-from ..schedule import Schedule, read_plan
+from ..schedule import Schedule, read_plan, refuse_options
 from ..values import plain, whole_number
 
 Part = str | nn.Module
@@ -35,6 +37,8 @@ class Adapter:
         freezer: the `FreezeOut` of the run that goes on, or went last; None before the first.
     """
 
+    _of_run: tuple[str, ...] = ()  # attributes beside `freezer` that only a run has
+
     def __init__(
         self,
         schedule: Plan | Mapping[str, Any] | None = None,
@@ -45,7 +49,9 @@ class Adapter:
         anneal: bool = True,
         keep_awake: bool = False,
         allow_schedule_change: bool = False,
+        **unknown: Never,
     ) -> None:
+        refuse_options(type(self).__name__, unknown, signature(type(self)).parameters)
         if isinstance(schedule, Mapping):
             schedule = read_plan(schedule)
         check_plan("schedule", schedule)
@@ -122,6 +128,12 @@ class Adapter:
     def _given_layers(self, model: nn.Module) -> list[Any] | None:
         return None if self.layers is None else [_resolved(model, each) for each in self.layers]
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles, such as Lightning makes for processes that it starts, have the
+        options, and no part in the run that goes on."""
+        state = {name: value for name, value in vars(self).items() if name not in self._of_run}
+        return {**state, "freezer": None}
+
     def _end(self) -> None:
         """Leave an ordinary model and optimizers behind. `freezer` can still be asked what was."""
         if self.freezer is not None:
@@ -130,7 +142,7 @@ class Adapter:
     def _options(self) -> dict[str, Any]:
         """The arguments that make another like this one, as plain values."""
         model = None if self.freezer is None else self.freezer.model
-        names = {} if model is None else {part: name for name, part in model.named_modules()}
+        names = {} if model is None else plain_names(model)
         layers = None if self.layers is None else [_named(names, each) for each in self.layers]
         return {
             "schedule": None if self.schedule is None else plain(self.schedule.describe()),
@@ -166,10 +178,10 @@ def _named(names: Mapping[nn.Module, str], entry: Any) -> Any:
 def _resolved(model: nn.Module, entry: Any) -> Any:
     """An entry of `layers`, with modules in the place of names."""
     if isinstance(entry, str):
-        modules = dict(model.named_modules())
-        if entry not in modules:
+        module = module_named(model, entry)
+        if module is None:
             raise InvalidValue(f"layers names {entry!r}, which is no module of the model")
-        return modules[entry]
+        return module
     if isinstance(entry, nn.Module) or not isinstance(entry, Iterable):
         return entry
     return [_resolved(model, part) for part in entry]

@@ -13,7 +13,7 @@ runs.
 
 import inspect
 import warnings
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import Any, NamedTuple
@@ -25,9 +25,10 @@ import optax
 
 from ..cost import saving
 from ..errors import CheckpointError, FreezeOutError, InvalidType, InvalidValue, LayerOrderError
-from ..plan import Plan, Timeline, bound, check_plan, factors_of, progress
+from ..plan import Plan, Timeline, bound, check_plan, factors_of, layer_table, progress
 from ..schedule import Schedule
 from ..values import whole_number
+from ..words import first_line
 from .jax_order import first_out_of_order
 
 PyTree = Any
@@ -99,15 +100,18 @@ class FreezeOut:
             argument `num_frozen`, it is told how many layers are frozen (a Python int), so that it
             may run those in evaluation mode; with a model state it must take it.
         optimizer: any optax transformation whose updates are proportional to its learning rate,
-            as those of optax's own optimizers are, line searches (LBFGS) excepted. Each layer's
-            updates are multiplied by the layer's factor, on top of a schedule of their own.
+            as those of optax's own optimizers are. Each layer's updates are multiplied by the
+            layer's factor, on top of a schedule of their own. Line searches (LBFGS) go only with
+            plans that neither anneal nor freeze on the way, such as `Frozen(5)`.
         total_steps: updates in the whole run. None, where the plan allows it: not known beforehand.
         layers: the layers in order of execution, each the name of a part of the parameter tree
             ("encoder.block_0": keys, indices and attributes joined by dots) or several names.
             Without it, the parameters are a list or tuple, and each entry is a layer.
         schedule: the plan of what trains when: a `Schedule`, the paper's and the default; a
             `Frozen`, for layers frozen from the start; or a `Plan` of your own that never thaws.
-        freeze_every: freeze only after steps that are multiples of this: fewer graphs.
+        freeze_every: freeze only after steps that are multiples of this: fewer graphs. By default
+            there are at most eight: where the plan has more, the smallest `freeze_every` that will
+            do is taken. 1: as the plan says.
         has_aux: the loss function returns `(loss, aux)`, or `(loss, (new_model_state, aux))`.
         donate: let the step overwrite the state that it is given (halves the memory of what is
             trained; the old state must not be used again).
@@ -125,15 +129,17 @@ class FreezeOut:
         *,
         layers: Sequence[Name | Sequence[Name]] | None = None,
         schedule: Plan | None = None,
-        freeze_every: int = 1,
+        freeze_every: int | None = None,
         has_aux: bool = False,
         donate: bool = False,
         compile_ahead: bool = True,
     ) -> None:
         self.total_steps = None if total_steps is None else whole_number("total_steps", total_steps)
-        self.freeze_every = whole_number("freeze_every", freeze_every)
+        self.freeze_every = (
+            None if freeze_every is None else whole_number("freeze_every", freeze_every)
+        )
         self.schedule = _checked_plan(schedule)
-        self.optimizer = optax.with_extra_args_support(optimizer)
+        self.optimizer = _with_extra_args(optimizer)
         self.has_aux = has_aux
         self.donate = donate
         self.compile_ahead = compile_ahead
@@ -150,6 +156,7 @@ class FreezeOut:
         self._seen: tuple[Any, ...] = ()  # shapes of parameters, model state and batch, once known
         self._full_flops: float | None = None
         self._told_over = False
+        self._searches = False  # whether the optimizer does, along its update's line
         self._thread = ThreadPoolExecutor(1, "freezeout-compile")
         self._evaluate = jax.jit(self._loss, static_argnums=3)
 
@@ -207,6 +214,20 @@ class FreezeOut:
             parts.append(f"{self.flops_saved(step):.0%} of the FLOPs saved")
         return "; ".join(parts)
 
+    def __repr__(self) -> str:
+        known = [] if self._tree is None else [f"{self._tree.num_layers} layers"]
+        known += [] if self.total_steps is None else [f"{self.total_steps} steps"]
+        return f"FreezeOut({', '.join([*known, str(self.schedule)])})"
+
+    def __str__(self) -> str:
+        """With a table of the layers, after `init`: parameters, freeze step."""
+        if self._tree is None:
+            return f"{self!r}: init(params) tells what the layers are"
+        names = map(", ".join, self._tree.names)
+        return (
+            f"{self!r}\n{layer_table(self.timeline, [*zip(names, self._tree.sizes, strict=True)])}"
+        )
+
     # --- training -------------------------------------------------------------------------
 
     def init(self, params: PyTree, model_state: PyTree = None, *, step: int = 0) -> TrainState:
@@ -218,7 +239,8 @@ class FreezeOut:
         Raises:
             InvalidValue: a parameter that is no floating-point array, or belongs to no layer, or
                 to two; a layer without parameters; a plan that does not go with the layers.
-            InvalidType: a model state, and a loss function that does not take `num_frozen`.
+            InvalidType: a model state, and a loss function that does not take `num_frozen`; a line
+                search, and a plan that it does not go with.
         """
         step = whole_number("step", step, minimum=0)
         if model_state is not None and not self._tells_num_frozen:
@@ -236,13 +258,21 @@ class FreezeOut:
         self._seen, self._full_flops = (), None
         params, model_state = jax.tree.map(jnp.array, (params, model_state))
         whole = TrainState(0, params, self._fresh_opt_state(params, 0))
+        self._searches = _has_line_search(whole.opt_state)
+        self._check_search(step)
         for k in self.stages:  # an optimizer whose state cannot be divided is refused now
             self._pruned(whole, k)
         opt_state = self.optimizer.init(self._tree.split(params, self.num_frozen(step))[0])
         return TrainState(step, params, opt_state, model_state)
 
-    def step(self, state: TrainState, *batch: PyTree) -> tuple[TrainState, Any]:
+    def step(
+        self, state: TrainState, *batch: PyTree, extra_args: Mapping[str, PyTree] | None = None
+    ) -> tuple[TrainState, Any]:
         """One update: the new state, and the loss (or `(loss, aux)`).
+
+        `extra_args`: numbers or arrays by name, for an optimizer that takes extra arguments. Those
+        that optax itself uses it has without that: `value`, this batch's loss; `grad`; `value_fn`
+        or `obj_fn`, the loss at other parameters. What is given here comes before them.
 
         Once the run's `total_steps` updates have been made, only the step is counted: no array
         changes, and a warning says so, once.
@@ -256,16 +286,18 @@ class FreezeOut:
         k = self.num_frozen(count)
         if self.timeline.is_over(count):
             return state._replace(step=count + 1), self._evaluated(state, batch, k)
+        self._check_search(count)
         factors = np.asarray(self.factors(count)[k:], np.float32)
-        arguments = (*self._arranged(state, k), factors, batch)
-        signature = _signature(batch)
+        data = (batch, dict(extra_args or {}))
+        arguments = (*self._arranged(state, k), factors, *data)
+        signature = _signature(data)
         key = (k, signature)
         if key not in self._graphs:
             if not self._graphs:
                 self._check_order(state, batch)
             self._check_opt_state(state, k)
             self._graphs[key] = _done(self._lowered(k, arguments).compile())
-            self._seen = jax.tree.map(_shape_of, (state.params, state.model_state, batch))
+            self._seen = jax.tree.map(_shape_of, (state.params, state.model_state, *data))
         compiled = self.compiled[k] = self._graphs[key].result()
         trained, opt_state, moving, out = compiled(*arguments)
         params = self._layout.merge(trained, arguments[1][0])
@@ -300,6 +332,7 @@ class FreezeOut:
         moving: PyTree,
         factors: jax.Array,  # (layers still trained,)
         batch: tuple[PyTree, ...],
+        given: dict[str, PyTree],
     ) -> tuple[PyTree, PyTree, PyTree, Any]:
         """The step that is compiled, for k frozen layers."""
         layout = self._layout
@@ -309,7 +342,21 @@ class FreezeOut:
             return self._loss(layout.merge(trained, fixed[0]), model_state, batch, k)
 
         (loss, (new_state, aux)), grads = jax.value_and_grad(loss_of, has_aux=True)(trained)
-        updates, opt_state = self.optimizer.update(grads, opt_state, trained)
+
+        def value_fn(params: PyTree) -> Any:
+            return loss_of(params)[0]
+
+        extra = {"value": loss, "grad": grads, "value_fn": value_fn}
+        if not self._searches:  # these refuse what they do not know
+            extra["obj_fn"] = value_fn
+        extra |= given
+        try:
+            updates, opt_state = self.optimizer.update(grads, opt_state, trained, **extra)
+        except TypeError as error:
+            raise InvalidType(
+                f"the optimizer failed: {first_line(error)}. It was given {', '.join(extra)}; "
+                "step(..., extra_args={...}) gives it others, and its update must take **extra_args"
+            ) from error
         updates = layout.scaled(updates, factors, k)
         out = (loss, aux) if self.has_aux else loss
         moving = layout.split_state(new_state, k)[0]
@@ -349,8 +396,8 @@ class FreezeOut:
         if self.num_frozen(state.step) == k:
             state = state._replace(opt_state=self._pruned(state, following))
         ahead = self._arranged(state, following)
-        factors, batch = arguments[4][-(self._layout.num_layers - following) :], arguments[5]
-        lowered = self._lowered(following, (*ahead, factors, batch))
+        factors = arguments[4][-(self._layout.num_layers - following) :]
+        lowered = self._lowered(following, (*ahead, factors, *arguments[5:]))
         self._graphs[following, signature] = self._thread.submit(lowered.compile)
 
     def _counts(self, steps: int | None) -> list[int]:
@@ -378,10 +425,10 @@ class FreezeOut:
         if self._full_flops is None:
             if not self._seen:
                 raise FreezeOutError("the step with 0 layers frozen is not compiled yet")
-            params, model_state, batch = self._seen
+            params, model_state, *data = self._seen
             whole = TrainState(0, params, self._fresh_opt_state(params, 0), model_state)
             factors = np.ones(self._layout.num_layers, np.float32)
-            lowered = self._lowered(0, (*self._arranged(whole, 0), factors, batch))
+            lowered = self._lowered(0, (*self._arranged(whole, 0), factors, *data))
             self._full_flops = _flops(lowered.compile())
         return self._full_flops
 
@@ -412,6 +459,20 @@ class FreezeOut:
                 f"at step {state.step} {k} layers are frozen, and the optimizer state must be "
                 f"{expected}, got {found}"
             )
+
+    def _check_search(self, step: int) -> None:
+        """A line search chooses the length of the update as it is; LBFGS' memory is of one set of
+        weights."""
+        if self._searches:
+            ends = {step, 0 if self.total_steps is None else self.total_steps - 1}
+            whole = all(f in (0, 1) for s in ends for f in self.factors(s))
+            if not whole or len(self.stages) > 1:
+                raise InvalidType(
+                    "a line search (LBFGS) goes only with a plan that trains the same layers from "
+                    f"beginning to end, at one rate, such as Frozen(5), not {self.schedule}: each "
+                    "layer's update would be another than was searched for. Take another "
+                    "optimizer, or such a plan"
+                )
 
     def _check_order(self, state: TrainState, batch: tuple[PyTree, ...]) -> None:
         loss_of = partial(self._loss, k=0)
@@ -446,8 +507,10 @@ class _Tree:
                 raise InvalidValue(f"layer {', '.join(names)!r} has no parameters in the tree")
         # Of each layer, the names of the parts of the tree that are in it.
         self.parts = [{*names} for names in layers]
-        for (path, _), i in zip(leaves, self.layer_of, strict=True):
+        self.sizes = [0] * len(layers)
+        for (path, leaf), i in zip(leaves, self.layer_of, strict=True):
             self.parts[i].update(_parents(path, layers[i]))
+            self.sizes[i] += leaf.size
 
     def _find(self, path: Any, leaf: Any) -> int:
         name = jax.tree_util.keystr(path, simple=True, separator=".")
@@ -521,7 +584,10 @@ def _checked_plan(schedule: Plan | None) -> Plan:
 
 
 def _bound(
-    schedule: Plan, names: Sequence[Collection[str]], total_steps: int | None, freeze_every: int
+    schedule: Plan,
+    names: Sequence[Collection[str]],
+    total_steps: int | None,
+    freeze_every: int | None,
 ) -> tuple[Plan, Timeline]:
     """See `freezeout.plan.bound`. InvalidValue also if the plan thaws."""
     plan, timeline = bound(schedule, names, 0, total_steps, freeze_every)
@@ -532,6 +598,27 @@ def _bound(
             "from the state"
         )
     return plan, timeline
+
+
+def _with_extra_args(optimizer: Any) -> Any:
+    """Also of classes, such as MultiSteps, whose update takes extra arguments although they are not
+    marked as such."""
+    parameters = inspect.signature(optimizer.update).parameters.values()
+    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+        return optax.GradientTransformationExtraArgs(optimizer.init, optimizer.update)
+    return optax.with_extra_args_support(optimizer)
+
+
+def _has_line_search(opt_state: PyTree) -> bool:
+    nodes = jax.tree.leaves(opt_state, is_leaf=lambda node: isinstance(node, _SEARCHES))
+    return any(isinstance(node, _SEARCHES) for node in nodes)
+
+
+_SEARCHES = (
+    optax.ScaleByLBFGSState,
+    optax.ScaleByBacktrackingLinesearchState,
+    optax.ScaleByZoomLinesearchState,
+)
 
 
 def _within(step: Any, last: int) -> jax.Array:

@@ -2,17 +2,17 @@
 
     model.fit(x, y, epochs=30, callbacks=[FreezeOutCallback()])
 
-The frozen set changes a few times in a run, and each set is a static graph: when a layer freezes,
-the train function is built anew. Only while that runs are frozen variables not trainable, layers in
+The frozen set changes a few times in a run, and each set is a static graph: when layers freeze, the
+train function is built anew. Only while that runs are frozen variables not trainable, layers in
 inference mode, and the optimizer's learning rate multiplied by each layer's factor. Between steps,
 and whatever interrupts `fit`, the model and the optimizer are ordinary ones; checkpoints fit at any
 time. How many layers are frozen follows from the optimizer's own count of iterations.
 """
 
+import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from itertools import pairwise
 from types import TracebackType
 from typing import Any
 
@@ -20,11 +20,22 @@ import keras
 import numpy as np
 from keras import ops
 
-from ..errors import InvalidType, InvalidValue, LayerOrderError
-from ..plan import Plan, Timeline, bound, check_plan, factors_of, given_layers_are, progress
+from ..errors import InvalidType, InvalidValue
+from ..plan import (
+    STAGES,
+    Plan,
+    Timeline,
+    bound,
+    check_plan,
+    factors_of,
+    layer_table,
+    progress,
+)
 from ..schedule import Schedule
 from ..values import whole_number
+from .keras_layers import Found, find_layers, names_of, tell_given, variables_of, weights
 
+_FEWEST = 4  # graphs that any run may have
 _ROWS = 64  # updates whose factors are handed to the train function at once
 _ABSENT = object()
 
@@ -96,9 +107,12 @@ class FreezeOutCallback(keras.callbacks.Callback):  # type: ignore[misc]
         layers: the layers in order of execution, each a Keras layer, its name, or several. By
             default, what one symbolic pass runs: every layer that has a kernel, with the norms
             and activations that follow it. Models inside models are taken apart, other composite
-            layers are not. Variables of no layer belong to the last one. What runs before the first
-            weight (augmentation, rescaling) is no layer, and goes on as it is.
-        freeze_every: freeze only after steps that are multiples of this: fewer graphs.
+            layers are not. Variables of no layer belong to the last one. What no weight has reached
+            (augmentation, rescaling) is no layer, and goes on as it is.
+        freeze_every: freeze only after steps that are multiples of this. Each number of frozen
+            layers is a train function to be compiled. By default there are at most as many of them
+            as epochs, but four in any case and never more than eight: where the plan has more, the
+            smallest `freeze_every` that will do is taken. 1: as the plan says.
         keep_awake: True: layers that the user froze are left as they are, dropout in training
             mode, and count as part of the first layer that trains.
 
@@ -116,7 +130,7 @@ class FreezeOutCallback(keras.callbacks.Callback):  # type: ignore[misc]
         *,
         schedule: Plan | None = None,
         layers: Sequence[Any] | None = None,
-        freeze_every: int = 1,
+        freeze_every: int | None = None,
         keep_awake: bool = False,
     ) -> None:
         super().__init__()
@@ -125,9 +139,11 @@ class FreezeOutCallback(keras.callbacks.Callback):  # type: ignore[misc]
             raise InvalidType(f"keep_awake must be True or False, got {keep_awake!r}")
         self.total_steps = None if total_steps is None else whole_number("total_steps", total_steps)
         self.schedule: Plan = Schedule() if schedule is None else schedule
-        self.freeze_every = whole_number("freeze_every", freeze_every)
+        self.freeze_every = (
+            None if freeze_every is None else whole_number("freeze_every", freeze_every)
+        )
         self.keep_awake = keep_awake
-        self.layers: list[list[Any]] = []
+        self._found = Found([], 0, [])
         self.timeline = Timeline(1, None)
         self.num_frozen = 0
         self._given_layers = layers
@@ -160,15 +176,17 @@ class FreezeOutCallback(keras.callbacks.Callback):  # type: ignore[misc]
             raise InvalidValue(
                 f"the model {self.model.name!r} must be built before fit: call it on a batch once"
             )
-        found = _found(self.model, self._given_layers)
-        self.layers, given = _counted(self.model, found, self.keep_awake)
-        self._plan, self.timeline = self._bound(total, given)
+        self._found = find_layers(self.model, self._given_layers, self.keep_awake)
+        stages = STAGES
+        if total and steps:  # epochs of the whole run, so that all its calls of `fit` have one plan
+            stages = min(max(_FEWEST, -(-total * every // steps)), STAGES)
+        self._plan, self.timeline = self._bound(total, stages)
         self.num_frozen = self.timeline.num_frozen(0)
         self._every = every
         self._epoch_start, self._made = None, 0
         self._over = self._told_over = False
-        if given and not self._told_given:
-            self._told_given = _tell_given(self.layers[:given])
+        if not self._told_given:
+            self._told_given = tell_given(self._found)
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
         # Other callbacks may have loaded a checkpoint at the beginning of training, not later.
@@ -202,6 +220,10 @@ class FreezeOutCallback(keras.callbacks.Callback):  # type: ignore[misc]
     # --- for users ------------------------------------------------------------------------
 
     @property
+    def layers(self) -> list[list[Any]]:
+        return self._found.groups
+
+    @property
     def freeze_steps(self) -> tuple[int | None, ...]:
         return self.timeline.freeze_steps if self.layers else ()
 
@@ -214,6 +236,25 @@ class FreezeOutCallback(keras.callbacks.Callback):  # type: ignore[misc]
     def summary(self) -> str:
         """What was frozen, in a line."""
         return "; ".join(progress(self.timeline, self._made))
+
+    def __repr__(self) -> str:
+        if not self.layers:
+            return f"FreezeOutCallback({self.schedule})"
+        of = "" if (total := self.timeline.total_steps) is None else f" of {total}"
+        return (
+            f"FreezeOutCallback({len(self.layers)} layers, {self.num_frozen} frozen, "
+            f"step {self._made}{of}, {self.schedule})"
+        )
+
+    def __str__(self) -> str:
+        """With a table of the layers, once `fit` has begun: parameters, freeze step."""
+        if not self.layers:
+            return f"{self!r}: the layers are found when fit begins"
+        rows = [
+            (group[0].name, sum(math.prod(v.shape) for u in group for v in weights(u)))
+            for group in self.layers
+        ]
+        return f"{self!r}\n{layer_table(self.timeline, rows)}"
 
     def release(self) -> None:
         """Have the model train as an ordinary one: what is left of an interrupted `fit` goes. The
@@ -228,13 +269,16 @@ class FreezeOutCallback(keras.callbacks.Callback):  # type: ignore[misc]
 
     # --- freezing -------------------------------------------------------------------------
 
-    def _bound(self, total: int | None, given: int) -> tuple[Plan, Timeline]:
-        """The plan for the layers, the first `given` of which the user froze; and its timeline."""
-        names = _names(self.model)
+    def _bound(self, total: int | None, stages: int) -> tuple[Plan, Timeline]:
+        """The plan for the layers, and its timeline, of so many stages if the user has not said
+        how often layers may freeze."""
+        names = names_of(self.model)
         parts = [
             {name for u in group for name in names.get(id(u), [u.name])} for group in self.layers
         ]
-        plan, timeline = bound(self.schedule, parts, given, total, self.freeze_every)
+        plan, timeline = bound(
+            self.schedule, parts, self._found.given, total, self.freeze_every, stages
+        )
         if not timeline.rises:
             raise InvalidValue(
                 "a plan that thaws is not supported on Keras: the numbers of frozen layers of "
@@ -251,7 +295,7 @@ class FreezeOutCallback(keras.callbacks.Callback):  # type: ignore[misc]
         optimizer = model.optimizer
         if not optimizer.built:  # TensorFlow's would be in the first step, for what is then trained
             optimizer.build(model.trainable_variables)
-        self._variables = _variables(model, self.layers)
+        self._variables = variables_of(model, self.layers)
         self._per_execution = model.steps_per_execution
         rows = -(-self._per_execution // self._every) + 1
         self._span, self._filled = rows, range(0)
@@ -326,11 +370,9 @@ class FreezeOutCallback(keras.callbacks.Callback):  # type: ignore[misc]
         ]
         if over:
             attributes.append((own, "apply", partial(_counted_only, optimizer)))
-        asleep = self.layers if over else self.layers[:k]
-        for part in (part for group in asleep for u in group for part in u._flatten_layers()):
+        for parts in self._found.parts[: None if over else k]:
             # `layer.trainable = False` would do it for BatchNorm alone.
-            if part._call_has_training_arg:
-                attributes.append((vars(part), "call", partial(_in_inference, part.call)))
+            attributes += [(vars(p), "call", partial(_in_inference, p.call)) for p in parts]
         on_jax = keras.config.backend() == "jax"
         if on_jax:
             attributes.append((own, "_variables", [*optimizer._variables, self._table]))
@@ -520,171 +562,3 @@ def _checked_optimizer(model: Any) -> Any:
             "or compile with auto_scale_loss=False"
         )
     return optimizer
-
-
-# --- layers ---------------------------------------------------------------------------------
-
-
-def _found(model: Any, given: Sequence[Any] | None) -> list[list[Any]]:
-    """The groups of Keras layers that freeze together, in order of execution."""
-    if given is None:
-        groups: list[list[Any]] = []
-        for unit in _in_order(model, [unit for unit, _ in _units(model)]):
-            # A norm, an activation or dropout belongs to the kernel before it.
-            if not groups or (_has_kernel(unit) and any(map(_has_kernel, groups[-1]))):
-                groups.append([])
-            groups[-1].append(unit)
-            if not any(map(_weights, groups[0])):
-                groups.clear()  # what runs before the first weight belongs to the data
-    else:
-        groups = [_named(model, entry) for entry in given]
-        try:
-            in_order = _in_order(model, [unit for group in groups for unit in group])
-        except InvalidValue:
-            in_order = []  # what cannot be read is taken as given
-        places = {id(unit): i for i, unit in enumerate(in_order)}
-        runs = [[places[id(unit)] for unit in group if id(unit) in places] for group in groups]
-        for i, (one, other) in enumerate(pairwise(runs)):
-            if max(one, default=-1) > min(other, default=len(places)):
-                names = [", ".join(unit.name for unit in group) for group in groups[i : i + 2]]
-                raise LayerOrderError(
-                    f"layer {names[0]!r} runs after {names[1]!r}, and must come after it in layers"
-                )
-    return groups
-
-
-def _counted(model: Any, groups: list[list[Any]], keep_awake: bool) -> tuple[list[list[Any]], int]:
-    """The layers that count, and how many of them, the first ones, the user froze. Others in which
-    nothing trains are joined to the next one; after the last, to that."""
-    trainable = {id(v) for v in model.trainable_variables}
-    trains = [any(id(v) in trainable for u in group for v in u.variables) for group in groups]
-    if not any(trains):
-        raise InvalidValue("the model has no trainable variables")
-    given = 0
-    # Of what has no weights at all the user has not frozen anything.
-    while not keep_awake and not trains[given] and any(map(_weights, groups[given])):
-        given += 1
-    counted, waiting = groups[:given], []
-    for group, counts in zip(groups[given:], trains[given:], strict=True):
-        waiting.extend(group)
-        if counts:
-            counted.append(waiting)
-            waiting = []
-    counted[-1] = [*counted[-1], *waiting]
-    return counted, given
-
-
-def _tell_given(layers: Sequence[Sequence[Any]]) -> bool:
-    """That dropout in layers which the user froze is off, if there is any."""
-    parts = (part for group in layers for u in group for part in u._flatten_layers())
-    rates = (getattr(part, name, None) for part in parts for name in _RATES)
-    tell = any(isinstance(rate, float) and rate > 0 for rate in rates)
-    if tell:
-        warnings.warn(
-            f"{given_layers_are([group[0].name for group in layers])}, their dropout off; "
-            "FreezeOutCallback(..., keep_awake=True) leaves these as they are",
-            stacklevel=2,
-        )
-    return tell
-
-
-_RATES = ("rate", "stddev", "dropout", "_dropout", "recurrent_dropout")
-
-
-def _weights(unit: Any) -> list[Any]:
-    """What trains in a layer unless the user has frozen it."""
-    return [v for part in unit._flatten_layers() for v in part._trainable_variables]
-
-
-def _has_kernel(unit: Any) -> bool:
-    return any(len(v.shape) > 1 for v in _weights(unit))
-
-
-def _units(model: Any, inside: tuple[str, ...] = ()) -> Iterator[tuple[Any, tuple[str, ...]]]:
-    """The layers of a model, and of the models inside it, with the names of these."""
-    for layer in model.layers:
-        if isinstance(layer, keras.Model):
-            yield from _units(layer, (*inside, layer.name))
-        else:
-            yield layer, inside
-
-
-def _names(model: Any) -> dict[int, list[str]]:
-    """What layers may be called by, by their ids: their own name, and that behind the names of the
-    models that they are in, joined by dots."""
-    return {
-        id(unit): [".".join([*inside[i:], unit.name]) for i in range(len(inside) + 1)]
-        for unit, inside in _units(model)
-    }
-
-
-def _named(model: Any, entry: Any) -> list[Any]:
-    entries = entry if isinstance(entry, list | tuple) else [entry]
-    layers = [model.get_layer(each) if isinstance(each, str) else each for each in entries]
-    for layer in layers:
-        if not isinstance(layer, keras.Layer):
-            raise InvalidType(f"layers must hold Keras layers or their names, got {layer!r}")
-    return layers
-
-
-def _variables(model: Any, layers: Sequence[Sequence[Any]]) -> list[list[Any]]:
-    """Each layer's trainable variables; a shared one belongs to the last layer that has it, and
-    one that no layer has to the last of all."""
-    owner = {id(v): len(layers) - 1 for v in model.trainable_variables}
-    owner |= {id(v): i for i, group in enumerate(layers) for u in group for v in u.variables}
-    return [[v for v in model.trainable_variables if owner[id(v)] == i] for i in range(len(layers))]
-
-
-class _Pass(keras.Operation):  # type: ignore[misc]
-    """A forward pass of a model that Keras can run on shapes alone."""
-
-    def __init__(self, model: Any) -> None:
-        super().__init__()
-        self.model = model
-
-    def call(self, inputs: Any) -> Any:
-        return self.model(inputs, training=False)
-
-
-def _in_order(model: Any, units: Sequence[Any]) -> list[Any]:
-    """Those units that run, in the order of their last calls, from one symbolic pass."""
-    calls: list[int] = []
-    before = [vars(unit).get("call") for unit in units]
-
-    def watched(number: int, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        calls.append(number)
-        return call(*args, **kwargs)
-
-    for number, unit in enumerate(units):
-        vars(unit)["call"] = partial(watched, number, unit.call)
-    try:
-        _Pass(model).compute_output_spec(_inputs(model))
-    except Exception as error:
-        raise InvalidValue(
-            f"give layers=[...], in order of execution: a symbolic pass of {model.name!r}, which "
-            f"would tell it, failed: {error}"
-        ) from error
-    finally:
-        for unit, call in zip(units, before, strict=True):
-            del vars(unit)["call"]
-            if call is not None:
-                vars(unit)["call"] = call
-    last = {number: place for place, number in enumerate(calls)}
-    return [units[number] for number in sorted(last, key=last.__getitem__)]
-
-
-def _inputs(model: Any) -> Any:
-    """Symbolic inputs, of the shapes that the model was built with."""
-    try:
-        return model.input
-    except AttributeError:
-        config = model.get_build_config()
-    return _tensors(config["input_shape"])
-
-
-def _tensors(shapes: Any) -> Any:
-    if isinstance(shapes, dict):
-        return {name: _tensors(each) for name, each in shapes.items()}
-    if all(size is None or isinstance(size, int) for size in shapes):
-        return keras.KerasTensor(tuple(shapes))
-    return [_tensors(each) for each in shapes]

@@ -14,7 +14,8 @@ from functools import wraps
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from torch import Tensor
+from lightning.pytorch.callbacks import StochasticWeightAveraging
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
@@ -43,6 +44,7 @@ class FreezeOutCallback(Adapter, Callback):
     `freezeout/saved_share`, the share of the steps' time that freezing has saved.
     """
 
+    _of_run = ("_first", "_early")
     _state: dict[str, Any] | None = None  # of a checkpoint, or of the last fit
     _first: "_FirstStep | None" = None  # the first training step, while it is watched
     _early: tuple[Layer, ...] = ()  # frozen in it, before FreezeOut is built
@@ -50,6 +52,8 @@ class FreezeOutCallback(Adapter, Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         thaw(pl_module)  # before optimizers are built of what requires a gradient
+        if stage == "fit":
+            _check_others(trainer, pl_module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._end()
@@ -129,7 +133,8 @@ class FreezeOutCallback(Adapter, Callback):
             found = self._frozen_from_start(pl_module, trainer.optimizers, total, trace)
         for layer in self._early:
             layer.freeze(pl_module)
-        if [_parts(layer) for layer in found] != [_parts(layer) for layer in self._early]:
+        ahead = set(trace.ahead(pl_module))  # with the last layer, which is not frozen
+        if [_parts(layer) for layer in found] != [_parts(layer) - ahead for layer in self._early]:
             raise InvalidValue(
                 "layers are to be frozen from the start, and the order in which modules are "
                 "defined does not tell which: give the module an example_input_array"
@@ -209,6 +214,21 @@ class FreezeOutCallback(Adapter, Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._state = state_dict
+
+
+def _check_others(trainer: Trainer, pl_module: LightningModule) -> None:
+    """InvalidValue for a callback that computes norms' statistics anew."""
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    averaging = [c for c in callbacks if isinstance(c, StochasticWeightAveraging)]
+    if averaging and any(
+        isinstance(m, nn.modules.batchnorm._BatchNorm) for m in pl_module.modules()
+    ):
+        raise InvalidValue(
+            f"{type(averaging[0]).__name__} resets the statistics of norms, and adds an epoch to "
+            "compute them anew, in which frozen norms would stand still; use WeightAveraging or "
+            "EMAWeightAveraging with FreezeOutCallback, which average a copy, or leave out one "
+            "of the two"
+        )
 
 
 @contextmanager

@@ -36,6 +36,7 @@ class FreezeOutTrainerCallback(Adapter, TrainerCallback, ExportableState):
     freezing has saved.
     """
 
+    _of_run = ("_hook",)
     _hook: RemovableHandle | None = None
     freezer_state: dict[str, Any] | None = None  # what a Trainer that restores callbacks sets
 

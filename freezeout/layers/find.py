@@ -11,6 +11,7 @@ from torch import nn
 from ..errors import InvalidType, InvalidValue
 from .flow import Flow
 from .layer import Layer, LayerCost
+from .names import innermost, plain_names
 from .trace import ExampleInputs, Stack, Trace, check_order, last_uses
 
 
@@ -42,7 +43,7 @@ def find_layers(model: nn.Module, example_inputs: ExampleInputs = None) -> list[
     if next(model.parameters(), None) is None:
         raise InvalidValue("the model has no parameters: there is nothing to train or freeze")
     trace = Trace.of(model, example_inputs)
-    names = {module: name for name, module in model.named_modules()}
+    names = plain_names(model)
     units = _Units(model, trace)
     groups = _grouped(units.in_order(), units)
     if trace.flow is not None:
@@ -70,14 +71,17 @@ def given_layers(
         [entry] if isinstance(entry, nn.Module) or not isinstance(entry, Iterable) else list(entry)
         for entry in layers
     ]
-    names = {module: name for name, module in model.named_modules()}
+    names = plain_names(model)
     taken: dict[nn.Module, int] = {}
     for number, group in enumerate(groups):
         if not group:
             raise InvalidValue(f"layers[{number}] is empty")
         for entry in group:
             if not isinstance(entry, nn.Module):
-                raise InvalidType(f"layers[{number}] holds a {type(entry).__name__}, not a module")
+                hint = ", which model.get_submodule(name) gives" if isinstance(entry, str) else ""
+                raise InvalidType(
+                    f"layers[{number}] holds a {type(entry).__name__}, not a module{hint}"
+                )
             if entry not in names:
                 raise InvalidValue(
                     f"layers[{number}] holds a {type(entry).__name__} that is no part of the model"
@@ -100,6 +104,7 @@ def given_layers(
 
 def _is_list(module: nn.Module) -> bool:
     """A plain container: its elements count, it computes nothing of its own."""
+    module = innermost(module)
     own_forward = type(module).forward not in (nn.Sequential.forward, nn.Module.forward)
     return isinstance(module, nn.Sequential | nn.ModuleList | nn.ModuleDict) and not own_forward
 
@@ -116,6 +121,7 @@ def _elements(module: nn.Module) -> Iterator[nn.Module]:
 def _alike(one: nn.Module, other: nn.Module) -> bool:
     """Of one class, and at least half of the parts that both have are of one class too: not so
     two instances of a wrapper, residual say, around different things."""
+    one, other = innermost(one), innermost(other)
     if type(one) is not type(other):
         return False
     parts = dict(one.named_children())
@@ -128,7 +134,7 @@ class _Blocks:
     are made of them."""
 
     def __init__(self, model: nn.Module, trace: Trace) -> None:
-        self._model, self._trace, self._flow = model, trace, trace.flow
+        self._model, self._trace, self._flow = innermost(model), trace, trace.flow
         self._weights: dict[nn.Module, int] = {}
         self._stacks: dict[nn.Module, bool] = {}
         self._most = self._count(model) / 2
@@ -148,20 +154,23 @@ class _Blocks:
     def _visit(
         self, module: nn.Module, listed: bool, split: set[type], seen: set[nn.Module]
     ) -> Iterator[nn.Module]:
-        """`split`: classes of which another module of the same parent is split."""
+        """`split`: classes of which another module of the same parent is split. A wrapper (of
+        `torch.compile`, say) is what it wraps: split with it, and a unit in its place."""
         if module in seen or next(module.parameters(), None) is None:
             return
-        seen.add(module)
-        is_list = _is_list(module)
-        if not _is_leaf(module) and (
-            module is self._model
+        inner = innermost(module)
+        seen |= {module, inner}
+        is_list = _is_list(inner)
+        if not _is_leaf(inner) and (
+            inner is self._model
             or is_list
-            or type(module) in split
-            or self._holds_stack(module)
-            or (not listed and self._count(module) > self._most)
+            or type(inner) in split
+            or self._holds_stack(inner)
+            or (not listed and self._count(inner) > self._most)
         ):
-            stacks = {type(part) for part in _elements(module) if self._holds_stack(part)}
-            for child in module.children():
+            elements = map(innermost, _elements(inner))
+            stacks = {type(part) for part in elements if self._holds_stack(part)}
+            for child in inner.children():
                 yield from self._visit(child, is_list, split | stacks if is_list else stacks, seen)
         else:
             yield module
@@ -180,6 +189,7 @@ class _Blocks:
         """Whether blocks that are alike stand inside, two in a list or three as the only parts
         of a module, and one feeds another: a stage or an encoder, then, and no block. Branches
         or experts, of which none feeds another, are part of a block, whatever they hold."""
+        module = innermost(module)
         if module not in self._stacks:
             self._stacks[module] = self._is_stack(module) or (
                 not (self._is_apart(module) and _is_list(module))
@@ -193,7 +203,7 @@ class _Blocks:
         if isinstance(module, nn.Sequential | nn.ModuleList | nn.ModuleDict):
             stacked = any(_alike(a, b) for a, b in combinations(blocks, 2))
         else:
-            tree = sum(type(block) is type(module) for block in blocks) >= 2
+            tree = sum(type(innermost(block)) is type(module) for block in blocks) >= 2
             same = (
                 len(blocks) == len(parts) >= 3
                 and all(_alike(blocks[0], block) for block in blocks)
@@ -280,12 +290,12 @@ def _grouped(ordered: list[nn.Module], units: _Units) -> list[list[nn.Module]]:
     waiting: list[nn.Module] = []  # norms and depthwise kernels in front of what they belong to
 
     def bare(group: list[nn.Module]) -> bool:
-        return all(_is_leaf(unit) and not units.is_norm(unit) for unit in group)
+        return all(_is_leaf(innermost(unit)) and not units.is_norm(unit) for unit in group)
 
     for unit in ordered:
         if units.is_norm(unit):
             trained = any(p.requires_grad for p in units.parameters[unit])
-            behind = isinstance(unit, nn.PReLU) or not trained
+            behind = isinstance(innermost(unit), nn.PReLU) or not trained
             if groups and not waiting and (behind or bare(groups[-1])):
                 groups[-1].append(unit)
             else:
@@ -293,10 +303,10 @@ def _grouped(ordered: list[nn.Module], units: _Units) -> list[list[nn.Module]]:
         elif units.is_depthwise(unit):
             waiting.append(unit)
         elif (
-            isinstance(unit, nn.Embedding)
+            isinstance(innermost(unit), nn.Embedding)
             and groups
             and not waiting
-            and all(isinstance(other, nn.Embedding) for other in groups[-1])
+            and all(isinstance(innermost(other), nn.Embedding) for other in groups[-1])
         ):
             groups[-1].append(unit)
         else:
@@ -375,7 +385,8 @@ def _layers(
     for unit, i in number.items():
         for module in unit.modules():
             user = units.inside(trace.runs[module][1]) if module in trace.runs else unit
-            of_module[module] = number.get(user or unit, i)
+            # A module may well be false: an empty list, or one of torch.compile's.
+            of_module[module] = number.get(unit if user is None else user, i)
 
     def place(module: nn.Module) -> int:
         if module in of_module:
@@ -383,11 +394,18 @@ def _layers(
         if _is_leaf(module) and (used := _used_last_by(module, trace)):
             # In a block of which only a method is called, say.
             of_module[module] = max(of_parameter[p] for p in used)
-        elif _is_leaf(module) or module in units.parameters:
+        elif (
+            _is_leaf(module)
+            or module in units.parameters
+            or (module in trace.runs and next(module.parameters(), None) is None)
+        ):
             # Without parameters, or with none that are not used again later.
             if module in trace.runs:
                 before = bisect_right(ends, trace.runs[module][0], key=lambda end: end[0])
                 of_module[module] = max((i for _, i in ends[:before]), default=0)
+                for part in module.modules():  # an observer whose method is called
+                    if part not in trace.runs:
+                        of_module.setdefault(part, of_module[module])
             else:
                 of_module[module] = last
         else:  # a container ends where the last of its parts does
@@ -396,6 +414,8 @@ def _layers(
             of_module[module] = max(parts)
         return of_module[module]
 
+    # What is on the data's side is never frozen.
+    of_module.update((module, last) for module in trace.ahead(model))
     inner = set(_inner(units.modules)) - set(units.modules)
     return [
         Layer(
@@ -404,8 +424,20 @@ def _layers(
             (p for p in model.parameters() if of_parameter.get(p, last) == i),
             (module for module in modules if module not in inner),
             _cost(modules, trace),
+            [written for written in trace.writes if place(written[0]) == i],
+            _readers(model, modules),
         )
         for i, name in enumerate(names)
+    ]
+
+
+def _readers(model: nn.Module, modules: Iterable[nn.Module]) -> list[nn.Module]:
+    """Encoders of torch's that look at the mode of one of the modules, their first layer."""
+    own = set(modules)
+    return [
+        module
+        for module in model.modules()
+        if isinstance(module, nn.TransformerEncoder) and own.intersection(module.layers[:1])
     ]
 
 
@@ -427,7 +459,7 @@ def _used_last_by(module: nn.Module, trace: Trace) -> list[nn.Parameter]:
 def _inner(units: Iterable[nn.Module]) -> Iterator[nn.Module]:
     """Modules that only units call: what they contain, but for the elements of plain lists."""
     for unit in units:
-        if _is_list(unit):
+        if _is_list(unit) and innermost(unit) is unit:
             yield from _inner(unit.children())
         else:
             yield from (module for module in unit.modules() if module is not unit)

@@ -1,16 +1,23 @@
 """`Layer`: modules and parameters that freeze together, and what freezing does to them."""
 
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
-from torch.utils.hooks import RemovableHandle
 
 from ..versions import numbered_alike
-from .marks import Mark, mark_of, stopped, trained_again
+from .held import Held, TrainingPath, UsersHooks, asks_for_mode
+from .marks import Mark, foreign_hooks, mark_of, stopped, trained_again
+
+
+class Removable(Protocol):
+    """What a frozen layer has put on its modules."""
+
+    def remove(self) -> None:
+        """Take it away."""
 
 
 class LayerCost(NamedTuple):
@@ -25,7 +32,8 @@ class Layer:
     """A group of modules and parameters that freeze together.
 
     Attributes:
-        name: path of the layer's first module that has weights, as in `named_modules()`.
+        name: path of the layer's first module that has weights, as in `named_modules()`, without
+            what wrappers add (`_orig_mod.`, `module.`).
         modules: every module that goes into evaluation mode with the layer, outermost first.
         parameters: every parameter that stops being trained with it. A parameter shared with
             a later layer is that layer's, so a module here may own parameters that are not.
@@ -34,6 +42,9 @@ class Layer:
         boundary: the modules that tensors may enter and leave the layer through: blocks, and
             what contains them (either may be called, or only walked through); all of `modules`
             if not given.
+        writes: modules that a forward pass was seen to write, norms aside, and the name of which of
+            their parameters or buffers.
+        readers: modules outside, whose code asks for the mode of one inside.
     """
 
     def __init__(
@@ -43,13 +54,16 @@ class Layer:
         parameters: Iterable[nn.Parameter],
         boundary: Iterable[nn.Module] | None = None,
         cost: LayerCost | None = None,
+        writes: Iterable[tuple[nn.Module, str]] = (),
+        readers: Iterable[nn.Module] = (),
     ) -> None:
         self.name = name
         self.modules = tuple(modules)
         self.parameters = tuple(parameters)
         self.boundary = self.modules if boundary is None else tuple(boundary)
         self.cost = cost
-        self._handles: list[RemovableHandle] = []  # while frozen
+        self.writes, self.readers = set(writes), tuple(readers)
+        self._handles: list[Removable] = []  # while frozen
         self._leaving: dict[nn.Module, int] = {}  # the number of the hook at its end
         self._within: nn.Module | None = None
         # Of calls that a gradient passes through: trained parameters that get none of it.
@@ -82,7 +96,11 @@ class Layer:
         for parameter in self.parameters:
             stopped(parameter)
         for module in self.modules:
-            Mark(module, self, within).put_on()
+            mark = Mark(module, self, within)
+            if any(map(asks_for_mode, foreign_hooks(module))):
+                self._handles.append(UsersHooks(module, mark))
+            mark.put_on()
+        own = set(self.modules)
         # Hooks that make an embedding's result require a gradient hang on the embedding itself.
         embeddings = (module for module in self.modules if isinstance(module, nn.Embedding))
         for module in dict.fromkeys((*self.boundary, *embeddings)):
@@ -92,6 +110,9 @@ class Layer:
                 leave,
             ]
             self._leaving[module] = leave.id
+        self._handles += (Held(module, own, self.writes) for module in self.boundary)
+        attention = (m for m in self.modules if isinstance(m, nn.MultiheadAttention))
+        self._handles += map(TrainingPath, (*self.readers, *attention))
         self.is_frozen = True
         self.freezes += 1
 
@@ -173,6 +194,19 @@ class Layer:
         own = {*self.parameters, *(p for module in whole for p in module.parameters())}
         return any(leaf not in own for leaf in leaves_of(tensors))
 
+    def hand_over(self, modules: Collection[nn.Module], other: "Layer") -> None:
+        """Give those of the modules that are in this layer to another one, which is not frozen."""
+        given = [module for module in self.modules if module in modules]
+        for module in given:
+            if (mark := mark_of(module)) is not None:
+                mark.take_off()
+        self.modules, self.boundary = (
+            tuple(module for module in own if module not in modules)
+            for own in (self.modules, self.boundary)
+        )
+        other.modules += tuple(given)
+        other.boundary += tuple(given)
+
     def hold(self) -> list[nn.Parameter]:
         """The parameters that were made to require a gradient again behind the freeze's back; they
         require none now, and have none."""
@@ -194,6 +228,8 @@ def merged(name: str, layers: Iterable[Layer]) -> Layer:
         (parameter for layer in layers for parameter in layer.parameters),
         (module for layer in layers for module in layer.boundary),
         _sum(known) if len(known) == len(costs) else None,
+        (written for layer in layers for written in layer.writes),
+        (module for layer in layers for module in layer.readers),
     )
 
 
@@ -251,6 +287,8 @@ def _need_gradients(values: Iterable[Any]) -> bool:
 def _enter(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    if torch.compiler.is_exporting():
+        return None
     if torch.compiler.is_compiling():
         _seen_by_compiler()
         return None

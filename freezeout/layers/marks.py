@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from ..errors import FreezeOutError
+from .scratch import has_no_values, state_of
 
 if TYPE_CHECKING:
     from .layer import Layer
@@ -23,6 +24,7 @@ _BESIDE = {
     "_forward_hooks": ("_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
 }
 _COPYING = "__reduce_ex__"  # what both copy.deepcopy and pickle ask an object itself for
+_SCRIPTING = "__prepare_scriptable__"  # what torch.jit.script calls, if a module has it
 
 
 class Mark:
@@ -59,6 +61,7 @@ class Mark:
             self._replace("reset_running_stats", self.reset_running_stats)
         copied_plainly(self.module)
         self.module.training = False
+        self._counted = self._count()
 
     def take_off(self) -> None:
         """Give the module back, in the mode that it was last asked to have."""
@@ -68,8 +71,7 @@ class Mark:
             if name in without:
                 self.module.__dict__[name] = without[name]
         self.module.training = self.meant
-        if not any(map(_is_ours, _hooks(self.module))):
-            copied_as_ever(self.module)
+        unhooked(self.module)
 
     def removed(self, state: dict[str, Any]) -> dict[str, Any]:
         """A module's attributes as they would be without the mark."""
@@ -80,16 +82,31 @@ class Mark:
         """Stands in for the module's: children that are not frozen still follow."""
         self._note(bool(mode))
         self.module.training = False
+        if mode:
+            counted = self._count()
+            if self._counted[1] and not counted[1]:
+                self.reset_running_stats()
+            self._counted = counted
         for child in self.module.children():
             child.train(mode)
         return self.module
 
+    def _count(self) -> tuple[Any, bool]:
+        """Of a norm, what changes with the batches that it has counted, and whether there are any;
+        looked at where that has changed, as an accelerator is waited for."""
+        counter = vars(self.module)["_buffers"].get("num_batches_tracked")
+        if counter is None or has_no_values(counter):
+            return None, True
+        state = id(counter), state_of(counter)
+        known = getattr(self, "_counted", None)
+        return known if known and known[0] == state else (state, bool(counter > 0))
+
     def reset_running_stats(self) -> None:
         """Stands in for a norm's, which `update_bn` calls."""
         raise FreezeOutError(
-            f"the statistics of a frozen {type(self.module).__name__} were to be reset: "
-            "update_bn() on a model with frozen layers would leave them at zero; call it on an "
-            "averaged copy, or call FreezeOut.release() first"
+            f"the statistics of a frozen {type(self.module).__name__} were reset: "
+            "update_bn(), or what else computes them anew, on a model with frozen layers would "
+            "leave them at zero; call it on an averaged copy, or call FreezeOut.release() first"
         )
 
     def _replace(self, name: str, value: Any) -> None:
@@ -99,6 +116,11 @@ class Mark:
         own[name] = value  # past __setattr__
 
 
+def is_norm(module: nn.Module) -> bool:
+    """Whether it keeps statistics in training, and uses them in evaluation mode, as torch's do."""
+    return hasattr(module, "running_mean") and hasattr(module, "num_batches_tracked")
+
+
 def mark_of(module: nn.Module) -> Mark | None:
     """The mark that a frozen module carries."""
     mark = getattr(vars(module).get("train"), "__self__", None)
@@ -106,16 +128,25 @@ def mark_of(module: nn.Module) -> Mark | None:
 
 
 def copied_plainly(module: nn.Module) -> None:
-    """From now on, copies and pickles of the module come without marks and hooks."""
+    """From now on, copies and pickles of the module come without marks and hooks; and
+    `torch.jit.script`, which would compile the hooks, says what to do."""
     vars(module)[_COPYING] = partial(_reduced, module)
+    vars(module)[_SCRIPTING] = _refuse_scripting
     if hasattr(type(module), "__deepcopy__"):  # it is asked first, as of parametrized modules
         vars(module)["__deepcopy__"] = partial(_deep_copied, module)
 
 
 def copied_as_ever(module: nn.Module) -> None:
     """Undo `copied_plainly`."""
+    vars(module).pop(_SCRIPTING, None)
     if vars(module).pop(_COPYING, None) is not None and _copies_deeply(module):
         vars(module).pop("__deepcopy__")
+
+
+def unhooked(module: nn.Module) -> None:
+    """Undo `copied_plainly` unless there is still something that copies come without."""
+    if mark_of(module) is None and not any(map(_is_ours, _hooks(module))):
+        copied_as_ever(module)
 
 
 def take_off(model: nn.Module) -> bool:
@@ -202,12 +233,20 @@ def _deep_copied(module: nn.Module, memo: dict[int, Any]) -> Any:
 
 def _plain(module: nn.Module, state: dict[str, Any]) -> dict[str, Any]:
     """The module's attributes without what we have put there."""
-    ours = {_COPYING, "__deepcopy__"} if _copies_deeply(module) else {_COPYING}
+    ours = {_COPYING, _SCRIPTING, *(["__deepcopy__"] if _copies_deeply(module) else [])}
     state = {name: value for name, value in state.items() if name not in ours}
     mark = mark_of(module)
     if mark is not None:
         state = mark.removed(state)
     return {**state, **_without_hooks(state)}
+
+
+def _refuse_scripting() -> Any:
+    """Stands in for the module's `__prepare_scriptable__`."""
+    raise FreezeOutError(
+        "torch.jit.script() on a model that FreezeOut trains would compile its hooks: script a "
+        "copy, torch.jit.script(copy.deepcopy(model)), or call FreezeOut.release() first"
+    )
 
 
 def _copies_deeply(module: nn.Module) -> bool:
@@ -229,6 +268,11 @@ def _without_hooks(state: dict[str, Any]) -> dict[str, Any]:
 def _hooks(module: nn.Module) -> Iterator[Callable[..., Any]]:
     for name in _HOOKS:
         yield from vars(module)[name].values()
+
+
+def foreign_hooks(module: nn.Module) -> Iterator[Callable[..., Any]]:
+    """The module's forward hooks that are not of this package."""
+    yield from (h for h in vars(module)["_forward_hooks"].values() if not _is_ours(h))
 
 
 def _is_ours(hook: Any) -> bool:

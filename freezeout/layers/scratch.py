@@ -2,7 +2,7 @@
 
 import random
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
@@ -11,34 +11,121 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.grad_mode import _unsafe_preserve_version_counter
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 
 @contextmanager
-def scratch(model: nn.Module) -> Iterator[None]:
+def scratch(model: nn.Module, watched: bool = False) -> Iterator[None]:
     """Forward passes that leave no mark: buffers and generators are put back, and a backward pass
-    that is still to come from before is not disturbed."""
-    buffers = [
-        (module, name, buffer, None if buffer is None else buffer.clone())
-        for module in model.modules()
-        for name, buffer in module._buffers.items()
+    that is still to come from before is not disturbed.
+
+    So are the parameters that embeddings with `max_norm` write; others that a forward pass writes,
+    if it is `watched`: operation by operation, which takes time.
+    """
+    modules = list(model.modules())
+    own_places: list[tuple[dict[str, Any], dict[str, Any]]] = [
+        (own, dict(own)) for each in modules for own in (each._parameters, each._buffers)
     ]
+    kept = _Kept()
+    for module, own, _, tensor in places_of(modules):
+        if own is module._buffers or getattr(module, "max_norm", None) is not None:
+            kept.add(tensor)
+    weights = [(p, p.detach(), _memory(p)) for p in model.parameters()] if watched else []
     python, numpy = random.getstate(), np.random.get_state()
     with random_state_kept(model):
         try:
-            yield
+            with _WriteListener(kept, weights) if watched else nullcontext():
+                yield
         finally:
             random.setstate(python)
             np.random.set_state(numpy)
-            with torch.no_grad():
-                for module, name, buffer, kept in buffers:
-                    module._buffers[name] = buffer
-                    # Norms change theirs without a new version; frozen ones keep the old.
-                    if buffer is None or kept is None or isinstance(buffer, FakeTensor):
-                        continue
-                    if not buffer.is_meta and not equal(buffer, kept):
-                        # A backward pass that is still to come may have saved it.
-                        with _unsafe_preserve_version_counter(buffer):
-                            buffer.copy_(kept)
+            for own, before in own_places:
+                if [*own] != [*before] or any(own[name] is not before[name] for name in own):
+                    own.clear()
+                    own.update(before)
+            for parameter, alias, memory in weights:
+                if _memory(parameter) != memory:
+                    parameter.data = alias
+            kept.put_back()
+
+
+class _Kept:
+    """Copies of tensors, to be put back, with the versions that they had."""
+
+    def __init__(self) -> None:
+        self._copies: dict[Tensor, tuple[Tensor, AbstractContextManager[Any]]] = {}
+
+    def add(self, tensor: Tensor) -> None:
+        """Copy a tensor as it is now, unless that has been done."""
+        if tensor not in self._copies:
+            version: AbstractContextManager[Any] = (
+                nullcontext() if tensor.is_inference() else _unsafe_preserve_version_counter(tensor)
+            )
+            self._copies[tensor] = tensor.detach().clone(), version
+
+    def put_back(self) -> None:
+        for tensor, (copy, version) in self._copies.items():
+            # A backward pass that is still to come may have saved it.
+            with torch.no_grad(), version:
+                # Norms change theirs without a new version; frozen ones keep the old.
+                if not has_no_values(tensor) and not equal(tensor, copy):
+                    if tensor.shape != copy.shape:
+                        tensor.resize_(copy.shape)
+                    tensor.copy_(copy)
+
+
+class _WriteListener(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Keeps a parameter when an operation is about to write it: copies of all of them would take
+    as much memory as the model."""
+
+    supports_higher_order_operators = True
+
+    def __init__(self, kept: _Kept, weights: Iterable[tuple[Tensor, Tensor, Any]]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._kept = kept
+        self._of_memory: dict[Any, list[Tensor]] = {}
+        for parameter, _, memory in weights:
+            self._of_memory.setdefault(memory, []).append(parameter)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        schema = getattr(func, "_schema", None)
+        if schema is not None and schema.is_mutable:
+            for value in tree_leaves((args, kwargs)):
+                if isinstance(value, Tensor):
+                    for parameter in self._of_memory.get(_memory(value), ()):
+                        self._kept.add(parameter)
+        return func(*args, **(kwargs or {}))
+
+
+def places_of(
+    modules: Iterable[nn.Module],
+) -> Iterator[tuple[nn.Module, dict[str, Any], str, Tensor]]:
+    """Each parameter and buffer: the module, the dictionary of its own that it stands in, its name
+    there, and the tensor."""
+    for module in modules:
+        for own in (module._parameters, module._buffers):
+            for name, tensor in own.items():
+                if tensor is not None:
+                    yield module, own, name, tensor
+
+
+def state_of(tensor: Tensor) -> Any:
+    """What changes when a tensor is written, for the most part."""
+    version = 0 if tensor.is_inference() else tensor._version
+    return version, _memory(tensor), tensor.shape
+
+
+def _memory(tensor: Tensor) -> Any:
+    try:
+        return tensor.untyped_storage()._cdata
+    except NotImplementedError:  # a tensor without a storage of its own
+        return None
+
+
+def has_no_values(tensor: Tensor) -> bool:
+    """Whether it is a tensor without memory, to count on."""
+    return tensor.is_meta or isinstance(tensor, FakeTensor)
 
 
 @contextmanager

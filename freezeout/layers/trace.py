@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
@@ -16,7 +17,8 @@ from torch.utils.hooks import RemovableHandle
 from ..errors import InvalidValue, LayerOrderError
 from ..words import first_line
 from .flow import Flow, memory_of
-from .marks import copied_plainly
+from .held import Writes, writes_always
+from .marks import copied_plainly, is_norm
 from .scratch import scratch, uncompiled
 
 if TYPE_CHECKING:
@@ -41,6 +43,8 @@ class Trace:
         flops, saved: of each module that was the innermost one running, the FLOPs of its forward
             pass and the bytes that autograd kept of it; None if these were not counted.
         rows: items in the batch that was seen, 0 if it is not known.
+        begin: the time at which the first parameter was used; None: no forward pass was seen.
+        writes: modules that the forward pass wrote, norms aside, and the name of which tensor.
     """
 
     def __init__(self, flow: Flow | None = None) -> None:
@@ -51,12 +55,16 @@ class Trace:
         self.flops: dict[nn.Module, int] | None = None if flow is None else {}
         self.saved: dict[nn.Module, int] | None = None
         self.rows = 0
+        self.begin: int | None = None
+        self.writes: set[tuple[nn.Module, str]] = set()
         self._time = 0
         self._running: list[nn.Module] = []
 
     @classmethod
     def of(cls, model: nn.Module, example_inputs: ExampleInputs) -> "Trace":
         """What there is to know: of a forward pass, one recorded before, or the definition."""
+        refuse_scripted(model)
+        _refuse_lazy(model)
         if isinstance(example_inputs, Trace):
             return example_inputs
         if example_inputs is None:
@@ -100,6 +108,7 @@ class Trace:
         """What a forward pass that runs every module once, as defined, would record."""
         trace = cls()
         trace._define(model)
+        trace.begin = None
         return trace
 
     def _define(self, module: nn.Module) -> None:
@@ -118,7 +127,27 @@ class Trace:
 
     def _use(self, parameter: nn.Parameter) -> None:
         self._time += 1
+        self.begin = self.begin or self._time
         self.uses[parameter] = (self._time, tuple(self._running))
+
+    def ahead(self, model: nn.Module) -> Iterator[nn.Module]:
+        """Modules without parameters that ran on the raw input, before any parameter was used:
+        augmentation, noise. They are on the data's side, and no part of what freezes. Not so what
+        keeps statistics, which frozen layers depend on."""
+        if self.begin is None:
+            return
+        keep = {module for module, _ in self.writes}
+        for module in model.modules():
+            parts = set(module.modules())
+            runs = [self.runs[part][0] for part in parts if part in self.runs]
+            if (
+                runs
+                and next(module.parameters(), None) is None
+                and max(runs) < self.begin
+                and parts.isdisjoint(keep)
+                and not any(is_norm(part) or writes_always(part) for part in parts)
+            ):
+                yield module
 
     def count(self, func: Any, args: Any, kwargs: Any, given: Any) -> None:
         """The FLOPs of an operation, by torch's own formulas, for the innermost module."""
@@ -163,6 +192,7 @@ class Trace:
     @contextmanager
     def listening(self, model: nn.Module, running: bool = False) -> Iterator[None]:
         """Record what runs inside the `with` block; `running`: the model runs already."""
+        refuse_scripted(model)
 
         def before(module: nn.Module, args: object) -> None:
             self._start(module)
@@ -174,6 +204,7 @@ class Trace:
         # A cast weight that autocast has kept would be used unseen.
         cache = torch.is_autocast_cache_enabled()
         torch.set_autocast_cache_enabled(False)
+        writes = Writes(model.modules())
         try:
             if running:
                 self._start(model)
@@ -186,6 +217,7 @@ class Trace:
                 yield
         finally:
             torch.set_autocast_cache_enabled(cache)
+            self.writes.update(writes.names())
             for handle in handles:
                 handle.remove()
 
@@ -230,6 +262,35 @@ def sharded_modules(model: nn.Module) -> list[Any]:
     return [module for module in model.modules() if isinstance(module, FSDPModule)]
 
 
+def refuse_scripted(model: nn.Module) -> None:
+    """InvalidValue if a module is of TorchScript, which takes no hooks."""
+    for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            what = f"module {name!r}" if name else "the model"
+            advice = (
+                "build FreezeOut on it as it was before torch.jit.script or torch.jit.trace, and "
+                "script the model after training"
+                if any(p.requires_grad for p in module.parameters())
+                else "as nothing in it trains, it may stand outside of the model's modules, in a "
+                "list: self.part = [scripted]"
+            )
+            raise InvalidValue(
+                f"{what} is scripted or traced (a {type(module).__name__}), so that nothing in it "
+                f"can be watched or frozen; {advice}"
+            )
+
+
+def _refuse_lazy(model: nn.Module) -> None:
+    """InvalidValue if a lazy module has no sizes yet, and so no parameters to speak of."""
+    for name, module in model.named_modules():
+        own = (*module._parameters.values(), *module._buffers.values())
+        if any(tensor is not None and is_lazy(tensor) for tensor in own):
+            raise InvalidValue(
+                f"module {name!r} ({type(module).__name__}) has no sizes yet: make one forward "
+                "pass, model(x), before the optimizer and FreezeOut are built"
+            )
+
+
 def _places(model: nn.Module) -> list[tuple[nn.Module, str, nn.Parameter]]:
     """Every module, attribute and parameter that stands there."""
     return [
@@ -263,9 +324,13 @@ def rows_of(*values: Any) -> int:
 def _undisturbed(model: nn.Module) -> Iterator[None]:
     """Evaluation mode inside; modes, buffers and random state as before afterwards."""
     with ExitStack() as stack:
-        stack.enter_context(scratch(model))
+        stack.enter_context(scratch(model, watched=True))
         stack.enter_context(uncompiled())
         stack.enter_context(torch.enable_grad())
+        # What the user froze might take attention's path for inference, and the rest not.
+        mha = torch.backends.mha
+        stack.callback(mha.set_fastpath_enabled, mha.get_fastpath_enabled())
+        mha.set_fastpath_enabled(False)
         for module in model.modules():
             stack.callback(setattr, module, "training", module.training)
             module.training = False
@@ -322,6 +387,9 @@ class OrderCheck:
             self.remove()
             if output is not None:  # None after an exception, which is to be seen
                 check_order(self._layers, last_uses(self._layers, self._trace))
+                ahead = set(self._trace.ahead(model))
+                for layer in self._layers[:-1]:
+                    layer.hand_over(ahead, self._layers[-1])
 
     @property
     def pending(self) -> bool:

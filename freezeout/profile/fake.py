@@ -17,15 +17,21 @@ def faked(model: nn.Module, inputs: Any, device: torch.device) -> Iterator[Any]:
 
     Plain meta tensors have no device of their own, so autocast and the choice of attention's
     kernel would pass them by; fake ones take both as on `device`, and no memory either. The
-    model's parameters are replaced for good, tied ones by tied ones.
+    model's parameters are replaced for good, tied ones by tied ones, and so are buffers and other
+    tensors that modules hold. Constants elsewhere, as of the model's file, are taken as they are.
     """
-    with FakeTensorMode(), torch.device(device), _unlogged():
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.device(device), _unlogged():
         memo: dict[Tensor, Tensor] = {}
         for module in model.modules():
-            for own in (module._parameters, module._buffers):
-                for name, tensor in own.items():
-                    if tensor is not None:
-                        own[name] = _fake(tensor, device, memo)  # type: ignore[assignment]
+            attributes: list[dict[str, Any]] = [
+                module._parameters,
+                module._buffers,
+                vars(module),
+            ]
+            for own in attributes:
+                for name, value in own.items():
+                    if isinstance(value, Tensor):
+                        own[name] = _fake(value, device, memo)
         yield tree_map_only(Tensor, lambda tensor: _fake(tensor, device, memo), inputs)
 
 

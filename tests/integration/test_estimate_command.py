@@ -24,6 +24,8 @@ OWN = """
 import torch
 from torch import nn
 
+SHIFT = torch.full((32,), 0.5)
+
 def net(width=32):
     return nn.Sequential(*(nn.Linear(width, width) for _ in range(5)), nn.Linear(width, 4))
 
@@ -61,6 +63,27 @@ def reads_values():
         def forward(self, x):
             return self.body(x if x.abs().sum().item() > 0 else -x)
     return Model(), torch.randn(16, 32)
+
+class Shifted(nn.Module):
+    def __init__(self, own):
+        super().__init__()
+        self.body, self.shift = net(), torch.full((32,), 0.5) if own else None
+    def forward(self, x):
+        return self.body(x - (SHIFT if self.shift is None else self.shift))
+
+def made_at_import():
+    return Shifted(own=False), torch.randn(16, 32)
+
+def no_buffer():
+    return Shifted(own=True), torch.randn(16, 32)
+
+def lazy():
+    layers = [nn.LazyLinear(32), *net()[1:]]
+    return nn.Sequential(*layers), torch.randn(16, 32)
+
+def reads_values_at_once():
+    rates = [rate.item() for rate in torch.linspace(0, 0.1, 3)]
+    return nn.Sequential(nn.Dropout(rates[1]), *net()), torch.randn(16, 32)
 
 def fails():
     raise OSError("no such weights")
@@ -319,6 +342,22 @@ def test_a_model_that_reads_values_is_counted_with_real_tensors(capsys: Capture)
     assert found["step"]["count"] == without["step"]["count"]
 
 
+@pytest.mark.parametrize("function", ["made_at_import", "no_buffer", "lazy"])
+def test_other_tensors_than_parameters_do_no_harm(capsys: Capture, function: str) -> None:
+    """Constants of the file, attributes that are no buffers, and parameters without sizes yet."""
+    without = read(capsys, "--model", "own_networks:good", "--no-measure")["step"]["count"]
+    model = "--model", f"own_networks:{function}"
+    assert read(capsys, *model, "--no-measure")["step"]["count"]["forward"] == without["forward"]
+    assert read(capsys, *model)["step"]["count"]["backward"] == without["backward"]
+
+
+def test_a_function_that_reads_values_is_called_for_real_tensors(capsys: Capture) -> None:
+    found = read(capsys, "--model", "own_networks:reads_values_at_once")
+    assert "counted with real tensors" in found["remarks"][0]
+    ended = estimate(capsys, "--model", "own_networks:reads_values_at_once", "--no-measure")
+    assert "cannot be counted without real tensors" in ended.err
+
+
 @pytest.mark.parametrize(
     ("function", "why"),
     [
@@ -411,7 +450,7 @@ MISTAKES = {
     "--model own_networks:alone": ("must return a pair", "it returned Sequential"),
     "--model own_networks:no_tensor": ("hold no tensor",),
     "--model own_networks:no_parameters": ("no parameters",),
-    "--model own_networks:wrong_shape": ("[16, 31] X [32, 32]",),
+    "--model own_networks:wrong_shape": ("16x31 and 32x32",),
     "--model own_networks:wrong_shape --no-measure": ("31",),
     "--model own_networks:reads_values --no-measure": ("leave out --no-measure",),
     "--model own_networks:good --target-saving 0.9": ("90.0% cannot be reached", "at most"),

@@ -318,6 +318,143 @@ def _turned(product: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
     return lambda x, w: product(w, x)
 
 
+def chain_of(count: int) -> list[jax.Array]:
+    return [jnp.eye(4) + i / 100 for i in range(count)]
+
+
+def product_loss(params: Any, x: jax.Array) -> jax.Array:
+    for w in params:
+        x = jnp.tanh(x @ w)
+    return jnp.mean(x**2)
+
+
+@pytest.mark.parametrize("plan", [Schedule(), Frozen(3, then=Schedule(0.2))], ids=str)
+def test_a_run_has_few_graphs_by_default(plan: Plan) -> None:
+    freezer = FreezeOut(product_loss, optax.sgd(0.1), 200, schedule=plan)
+    freezer.init(chain_of(20))
+    assert 7 <= len(freezer.stages) <= 8
+    freezer = FreezeOut(product_loss, optax.sgd(0.1), 200, schedule=plan, freeze_every=1)
+    freezer.init(chain_of(20))
+    assert freezer.timeline == plan.timeline(20, 200)
+    assert len(freezer.stages) > 15
+
+
+def test_it_says_what_it_is() -> None:
+    freezer = new_freezer(optax.sgd(0.1), schedule=Frozen(1))
+    assert repr(freezer) == "FreezeOut(24 steps, Frozen(first=1))"
+    assert str(freezer) == f"{freezer!r}: init(params) tells what the layers are"
+    freezer.init(jax_loop.params())
+    first, *table = str(freezer).splitlines()
+    assert first == repr(freezer) == "FreezeOut(4 layers, 24 steps, Frozen(first=1))"
+    assert [line.split() for line in table[:3]] == [
+        ["layer", "parameters", "freezes", "at"],
+        *(["first", "72", "start"], ["second", "72", "never"]),
+    ]
+
+
+# --- optimizers with extra arguments --------------------------------------------------------
+
+
+def by_metric() -> optax.GradientTransformation:
+    """A user's own: updates in proportion to a number that only the user knows."""
+
+    def update(updates: Any, state: Any, params: Any = None, *, metric: Any, **extra: Any) -> Any:
+        return jax.tree.map(lambda u: u * metric, updates), state
+
+    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
+
+
+EXTRA: dict[str, Callable[[], optax.GradientTransformation]] = {
+    "plateau": lambda: optax.chain(
+        optax.adam(1e-2), optax.contrib.reduce_on_plateau(factor=0.9, patience=2, rtol=0.1)
+    ),
+    "polyak": lambda: optax.polyak_sgd(0.1),
+    "momo": lambda: optax.contrib.momo(0.1),
+    "accumulated": lambda: optax.MultiSteps(optax.polyak_sgd(0.1), 2),
+    "injected": lambda: optax.inject_hyperparams(optax.polyak_sgd)(scaling=0.5),
+    "sophia": lambda: optax.contrib.sophia(1e-3),
+    "metric": lambda: optax.chain(by_metric(), optax.sgd(0.1)),
+    "lbfgs": lambda: optax.lbfgs(0.5),
+    "backtracking": lambda: optax.chain(
+        optax.sgd(1.0), optax.scale_by_backtracking_linesearch(max_backtracking_steps=5)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", EXTRA)
+def test_optimizers_get_what_they_ask_for(name: str) -> None:
+    """The weights are those of an ordinary run of optax over the layers that train."""
+    params, optimizer, x = jax_loop.params(), EXTRA[name](), jax_loop.batch(0)
+    freezer = new_freezer(optimizer, schedule=Frozen(2), total_steps=None)
+    constant = {name: params[name] for name in jax_loop.LAYERS[:2]}
+    others = {name: params[name] for name in jax_loop.LAYERS[2:]}
+    state, opt_state = freezer.init(params), optimizer.init(others)
+    given = {"metric": 0.25} if name == "metric" else {}
+
+    def loss_of(others: Any) -> jax.Array:
+        return jax_loop.loss_fn({**constant, **others}, *x)  # type: ignore[arg-type]
+
+    @jax.jit
+    def update(others: Any, opt_state: Any) -> Any:
+        value, grad = jax.value_and_grad(loss_of)(others)
+        asked: dict[str, Any] = {"value": value, "grad": grad, "value_fn": loss_of}
+        if name == "sophia":
+            asked = {"obj_fn": loss_of}
+        take = optimizer if name == "accumulated" else optax.with_extra_args_support(optimizer)
+        updates, opt_state = take.update(*(grad, opt_state, others), **(asked | given))
+        return optax.apply_updates(others, updates), opt_state
+
+    for _ in range(6):
+        state, _ = freezer.step(state, *x, extra_args=given)
+        others, opt_state = update(others, opt_state)
+    assert bits({name: state.params[name] for name in constant}) == bits(constant)
+    for mine, theirs in zip(
+        jax.tree.leaves({name: state.params[name] for name in others}),
+        jax.tree.leaves(others),
+        strict=True,
+    ):
+        # Fused otherwise, which a search for the length of a step makes larger.
+        np.testing.assert_allclose(mine, theirs, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["plateau", "polyak", "momo", "accumulated", "metric"])
+def test_optimizers_with_extra_arguments_anneal_and_freeze(name: str) -> None:
+    freezer = new_freezer(EXTRA[name](), compile_ahead=True)
+    state = freezer.init(jax_loop.params())
+    for step in range(jax_loop.TOTAL):
+        previous, k = state, freezer.num_frozen(step)
+        given = {"metric": jnp.float32(0.25)} if name == "metric" else None
+        state, _ = freezer.step(state, *jax_loop.batch(step), extra_args=given)
+        moved = [bits(state.params[x]) != bits(previous.params[x]) for x in jax_loop.LAYERS]
+        assert moved == [i >= k and (name != "accumulated" or step % 2 == 1) for i in range(4)]
+    assert sorted(freezer.compiled) == [0, 1, 3]
+    assert freezer.flops_saved() > 0
+
+
+def test_an_argument_that_is_missing_is_named() -> None:
+    freezer = new_freezer(EXTRA["metric"]())
+    message = r"the optimizer failed: .*'metric'.* given value, grad, .* extra_args=\{\.\.\.\}"
+    with pytest.raises(InvalidType, match=message):
+        trained(freezer, freezer.init(jax_loop.params()), 1)
+
+
+def test_extra_arguments_of_the_user_s_come_first() -> None:
+    """A plateau of the validation loss, say."""
+    freezer = new_freezer(EXTRA["plateau"](), schedule=Frozen(1))
+    state = freezer.init(jax_loop.params())
+    for _ in range(4):
+        state, _ = freezer.step(state, *jax_loop.batch(0), extra_args={"value": 7.0})
+    assert float(state.opt_state[1].best_value) == 7.0
+
+
+@pytest.mark.parametrize("name", ["lbfgs", "backtracking"])
+def test_line_searches_go_with_plans_that_do_not_change(name: str) -> None:
+    for plan in (Schedule(), Schedule(1), Frozen(1, then=Schedule())):
+        freezer = new_freezer(EXTRA[name](), schedule=plan)
+        with pytest.raises(InvalidType, match=r"line search \(LBFGS\) goes only with a plan"):
+            freezer.init(jax_loop.params())
+
+
 # --- trees, states and types ----------------------------------------------------------------
 
 

@@ -265,6 +265,76 @@ def test_there_is_one_graph_a_stage(freeze_every: int, stages: list[int]) -> Non
     assert watch.steps == stages
 
 
+def many(count: int) -> Any:
+    """A network of so many layers, the first and the last of which count how often they are
+    traced; one batch of 8 samples is a step."""
+    keras.utils.set_random_seed(0)
+    middle = (kl.Dense(4, activation="tanh") for _ in range(count - 2))
+    model = keras.Sequential([kl.Input((6,)), Counting(4, name="first"), *middle, kl.Dense(6)])
+    compiled(model)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("count", "epochs", "schedule", "graphs"),
+    [
+        (16, 2, Schedule(0.2), 4),
+        (16, 6, Schedule(0.2), 6),
+        (16, 30, Schedule(0.2), 8),
+        (16, 30, Frozen(3, then=Schedule(0.2)), 8),
+        (4, 1, Schedule(0.2), 4),  # as the plan says
+    ],
+)
+def test_a_run_has_few_train_functions_by_default(
+    count: int, epochs: int, schedule: Plan, graphs: int
+) -> None:
+    freezer = FreezeOutCallback(schedule=schedule)
+    begun(many(count), freezer, epochs=epochs, steps=STEPS)
+    everywhere = schedule.timeline(count, epochs * STEPS)
+    # At most so many, and where the plan has more, hardly fewer.
+    assert len(freezer.timeline.depths) in (graphs, graphs - 1)
+    assert len(everywhere.depths) > graphs or freezer.timeline == everywhere
+    exact = FreezeOutCallback(schedule=schedule, freeze_every=1)
+    begun(many(count), exact, epochs=epochs, steps=STEPS)
+    assert exact.timeline == everywhere
+
+
+@pytest.mark.skipif(BACKEND == "torch", reason="runs eagerly: there are no graphs")
+def test_a_network_of_many_layers_compiles_a_few_times() -> None:
+    watch = Tracing()
+    freezer = FreezeOutCallback(schedule=Schedule(0.2))
+    history = fit_small(many(12), freezer, watch, epochs=4)
+    assert watch.steps == [step for step, _ in freezer.timeline.changes]
+    assert len(watch.steps) == 4
+    assert history.history["num_frozen"][-1] >= 8
+
+
+def test_all_calls_of_fit_have_one_timeline() -> None:
+    """Of a run of six epochs, whichever of them `fit` is asked for."""
+    lines = []
+    for epochs in (1, 3, 6):
+        freezer = FreezeOutCallback(6 * STEPS, schedule=Schedule(0.2))
+        begun(many(16), freezer, epochs=epochs, steps=STEPS)
+        lines.append(freezer.timeline)
+    assert lines[0] == lines[1] == lines[2]
+
+
+def test_it_says_what_it_is() -> None:
+    freezer = FreezeOutCallback(schedule=Frozen(1))
+    assert repr(freezer) == "FreezeOutCallback(Frozen(first=1))"
+    assert str(freezer) == f"{freezer!r}: the layers are found when fit begins"
+    fit_small(small_model(), freezer)
+    first, *table = str(freezer).splitlines()
+    assert first == repr(freezer)
+    assert repr(freezer) == (
+        "FreezeOutCallback(3 layers, 1 frozen, step 10 of 10, Frozen(first=1))"
+    )
+    assert [line.split() for line in table] == [
+        ["layer", "parameters", "freezes", "at"],
+        *(["one", "42", "start"], ["two", "42", "never"], ["three", "42", "never"]),
+    ]
+
+
 # --- what is left when fit ends -------------------------------------------------------------
 
 
@@ -662,9 +732,9 @@ def test_other_ways_of_running(option: str) -> None:
 # --- which layers ---------------------------------------------------------------------------
 
 
-def begun(model: Any, freezer: FreezeOutCallback) -> None:
+def begun(model: Any, freezer: FreezeOutCallback, epochs: int = 3, steps: int = 3) -> None:
     """As `fit` begins."""
-    freezer.set_params({"epochs": 3, "steps": 3})
+    freezer.set_params({"epochs": epochs, "steps": steps})
     freezer.set_model(model)
     freezer.on_train_begin()
 
@@ -758,6 +828,116 @@ def test_layers_can_be_given() -> None:
         names(model, ["two", "one", "three", "four"])
     with pytest.raises(InvalidType, match="must hold Keras layers or their names, got 3"):
         names(model, [3])
+
+
+# --- what no weight has reached -------------------------------------------------------------
+
+
+class Stem(kl.Layer):  # type: ignore[misc]
+    """Augments only in training, before its weights; drops out after them."""
+
+    def __init__(self) -> None:
+        super().__init__(name="stem")
+        self.noise = kl.GaussianNoise(0.1, seed=1, name="before")
+        self.dense = kl.Dense(6)
+        self.norm = kl.BatchNormalization(name="norm")
+        self.drop = kl.Dropout(0.5, seed=2, name="after")
+
+    def build(self, shape: Any) -> None:
+        for layer in (self.dense, self.norm):
+            layer.build(shape)
+
+    def call(self, inputs: Any, training: bool = False) -> Any:
+        x = inputs / 2.0
+        if training:
+            x = self.noise(x, training=True)
+        return self.drop(self.norm(self.dense(x), training=training), training=training)
+
+
+def before(name: str = "before") -> Any:
+    return kl.GaussianNoise(0.1, seed=1, name=name)
+
+
+def after() -> Any:
+    return kl.Dropout(0.5, seed=2, name="after")
+
+
+def at_the_head() -> Any:
+    flip = kl.RandomFlip("horizontal", seed=3, name="before_too")
+    steps = [flip, kl.Reshape((6,)), before(), kl.Rescaling(0.5), kl.Dense(6), after()]
+    return keras.Sequential([kl.Input((6,)), kl.Reshape((1, 6, 1)), *steps, kl.Dense(6)])
+
+
+def in_a_model_inside() -> Any:
+    augment = keras.Sequential([kl.Input((6,)), before()], name="augment")
+    body = keras.Sequential([kl.Input((6,)), kl.Dense(6), after()], name="body")
+    return keras.Sequential([kl.Input((6,)), augment, body, kl.Dense(6)])
+
+
+def with_statistics() -> Any:
+    """Preprocessing with a state, and a norm without weights."""
+    prepared = kl.Normalization(mean=0.1, variance=2.0)
+    norm = kl.BatchNormalization(center=False, scale=False, name="before_too")
+    layers = [prepared, norm, before(), kl.Dense(6), after(), kl.Dense(6)]
+    return keras.Sequential([kl.Input((6,)), *layers])
+
+
+def in_another_branch() -> Any:
+    inputs = kl.Input((6,))
+    left = after()(kl.Dense(6)(kl.Dense(6)(inputs)))
+    right = kl.Dense(6)(before()(inputs))
+    return keras.Model(inputs, kl.Dense(6)(kl.Add()([left, right])))
+
+
+def in_a_layer() -> Any:
+    return keras.Sequential([kl.Input((6,)), Stem(), kl.Dense(6)])
+
+
+HEADS = [at_the_head, in_a_model_inside, with_statistics, in_another_branch, in_a_layer]
+
+
+@pytest.mark.parametrize("make", HEADS)
+def test_a_frozen_layer_leaves_on_what_is_ahead_of_it(make: Callable[[], Any]) -> None:
+    """The same random numbers are drawn, and statistics gathered, as in an ordinary fit; behind
+    the first weights neither is, once the layer is frozen."""
+    states = []
+    for freezers in ([FreezeOutCallback(schedule=Frozen(all_but_last=1))], []):
+        keras.utils.set_random_seed(0)
+        model, watch = make(), Watch()
+        compiled(model)
+        fit_small(model, *freezers, watch)
+        steps = [True] * (2 * STEPS)
+        on = {name: watch.moved(name) for name in _heads(model)}
+        states.append({name: _state_of(model, name) for name in on if "before" in name})
+        for name, moved in on.items():
+            assert moved == steps or ("after" in name and freezers and not any(moved)), name
+    assert states[0] == states[1]
+
+
+def _heads(model: Any) -> list[str]:
+    """Paths of what moves in training without being trained, of layers of the names above."""
+    found = [v.path for v in model.variables if not v.trainable]
+    return [path for path in found if "before" in path or "after" in path]
+
+
+def _state_of(model: Any, path: str) -> list[bytes]:
+    return values(v for v in model.variables if v.path == path)
+
+
+@pytest.mark.parametrize("readable", [True, False])
+def test_layers_that_name_what_is_ahead_of_weights(
+    readable: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Given with the first layer, where the order can be read from a pass, and where not."""
+    model, watch = with_base(trainable=True), Watch()
+    if not readable:
+        monkeypatch.setattr(type(model), "get_build_config", lambda self: {"input_shape": "?"})
+        monkeypatch.setattr(type(model), "input", property(lambda self: self.no_such_thing))
+    base = model.get_layer("base")
+    freezer = FreezeOutCallback(layers=[["noise", base], "c", "d"], schedule=Frozen(1))
+    fit_small(model, freezer, watch)
+    assert [[u.name for u in group] for group in freezer.layers] == [["base"], ["c"], ["d"]]
+    assert seeds(model, watch) == {"noise": [True] * 10, "drop": [False] * 10}
 
 
 class Tied(kl.Layer):  # type: ignore[misc]

@@ -183,6 +183,46 @@ def test_modes_after_validation_and_the_end() -> None:
     assert all(part.training for part in module.net)
 
 
+def test_averaging_that_computes_statistics_anew_is_refused_by_name() -> None:
+    """And one that averages a copy is not; nor is the former on a model without norms."""
+    from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAveraging
+
+    module, average = Classifier(), StochasticWeightAveraging(0.01, 0.5)
+    with pytest.raises(InvalidValue, match=r"StochasticWeightAveraging .*EMAWeightAveraging"):
+        trainer(average, FreezeOutCallback(EARLY)).fit(module, loader())
+    assert not any("train" in vars(part) for part in module.modules())
+    callback = FreezeOutCallback(EARLY)
+    trainer(EMAWeightAveraging(decay=0.5), callback).fit(module, loader(), loader(2))
+    assert callback.freezer is not None
+    assert callback.freezer.timeline.num_frozen(callback.freezer.step_count) > 0
+    norms = [part for part in module.modules() if isinstance(part, nn.BatchNorm2d)]
+    assert norms
+    assert all(int(norm.num_batches_tracked or 0) > 0 for norm in norms)
+
+
+class Noisy(Classifier):
+    """With noise on the input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.noise = nn.Dropout(0.5)
+        self.noise.register_forward_hook(self.look)
+        self.net.insert(0, self.noise)
+        self.seen: list[bool] = []
+
+    def look(self, module: nn.Module, args: Any, output: Tensor) -> None:
+        if self.training:
+            self.seen.append(not torch.equal(args[0], output))
+
+
+def test_noise_on_the_input_goes_on_with_layers_frozen_from_the_start() -> None:
+    module = Noisy()
+    callback, _ = fit(module, FreezeOutCallback(Frozen(2)))
+    assert callback.freezer is not None
+    assert module.noise in callback.freezer.layers[-1].modules
+    assert all(module.seen[1:])
+
+
 def test_frozen_from_the_start_with_layers_that_are_given() -> None:
     module = Classifier()
     before = {name: value.clone() for name, value in module.state_dict().items()}

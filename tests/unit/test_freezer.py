@@ -886,9 +886,10 @@ def test_the_table_shows_every_layer() -> None:
     head, columns, *rows = lines(str(freezer))
     assert " ".join(head) == "FreezeOut at step 9 of 20, 1 of 4 layers frozen"
     assert columns == ["layer", "parameters", "freezes", "at", "starts", "at", "now"]
-    assert rows[0] == ["0", "30", "8", "0.25", "frozen"]
-    assert rows[3] == ["6", "18", "never", "0.1", f"{freezer.learning_rates[3]:.4g}"]
-    assert len(rows) == 4
+    assert rows[0] == ["0", "30", "8", "2.5", "x", "lr", "frozen"]
+    assert rows[3] == ["6", "18", "never", "1", "x", "lr", f"{freezer.learning_rates[3]:.4g}"]
+    assert len(rows) == 5
+    assert "if p.grad is not None" in " ".join(rows[4])
     assert repr(freezer).startswith("FreezeOut(Sequential, 4 layers, step 9 of 20, Schedule(")
 
 

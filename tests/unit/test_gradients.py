@@ -14,7 +14,16 @@ from torch.utils.checkpoint import checkpoint
 
 from freezeout import FreezeOut, FreezeOutError, Frozen, PrefixCache, Schedule
 from freezeout.parallel import compile_layers
-from tests.models import CLASSES, TiedTransformer, conv_net, images, linear_net, tokens, vectors
+from tests.models import (
+    CLASSES,
+    TiedTransformer,
+    conv_net,
+    images,
+    linear_net,
+    run,
+    tokens,
+    vectors,
+)
 
 EARLY = Schedule(0.4, "linear")
 told = pytest.mark.filterwarnings("ignore:what comes into the model requires a gradient")
@@ -405,3 +414,39 @@ def test_released_before_the_first_update_nothing_is_looked_at() -> None:
     assert not optimizer._optimizer_step_post_hooks
     torch.autograd.backward(model(x)[0].square().mean())
     optimizer.step()
+
+
+# --- hooks on parameters ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("after_backward", [False, True])
+@pytest.mark.parametrize("late", [False, True])
+def test_a_hook_that_falls_silent_is_named_once(after_backward: bool, late: bool) -> None:
+    model = linear_net()
+    calls: list[Any] = []
+    optimizer = SGD(model.parameters(), 0.1)
+    freezer = FreezeOut(model, optimizer, 20, schedule=EARLY, example_inputs=vectors(0)[0])
+    if late:
+        run(model, [optimizer], freezer, vectors, range(3))
+    weight: Any = model[0].weight
+    if after_backward:
+        weight.register_post_accumulate_grad_hook(calls.append)
+    else:
+        weight.register_hook(calls.append)
+    begin = 3 if late else 0
+    message = r"parameter '0\.weight' has a gradient hook \(builtins\.list\.append\), which is not"
+    with pytest.warns(UserWarning, match=message) as seen:
+        run(model, [optimizer], freezer, vectors, range(begin, 8 if late else 1))
+    run(model, [optimizer], freezer, vectors, range(8 if late else 1, 20))
+    assert len(seen) == 1
+    assert len(calls) == 8 - begin
+
+
+def test_hooks_on_what_never_freezes_are_not_named() -> None:
+    model = linear_net()
+    optimizer = SGD(model.parameters(), 0.1)
+    freezer = FreezeOut(model, optimizer, 20, schedule=EARLY, example_inputs=vectors(0)[0])
+    weight: Any = model[6].weight
+    weight.register_hook(torch.clone)
+    run(model, [optimizer], freezer, vectors, range(20))
+    assert freezer.num_frozen == 3

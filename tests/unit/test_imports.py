@@ -61,7 +61,7 @@ PLANNING = {
     )
 }
 # Adapters without torch: of this package they import nothing that has it.
-NO_TORCH = {("integrations", name) for name in ("jax", "jax_order", "keras")}
+NO_TORCH = {("integrations", name) for name in ("jax", "jax_order", "keras", "keras_layers")}
 WITHOUT_TORCH = {*STANDARD_LIBRARY_ONLY, "integrations"}
 MAY_USE_EXTRAS = {"integrations", "lab", "cli", "__main__"}
 

@@ -8,10 +8,6 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
-from torch._subclasses.fake_tensor import (
-    DataDependentOutputException,
-    DynamicOutputShapeException,
-)
 
 from ...cache.pays import measure_store
 from ...cost import with_cache
@@ -119,24 +115,16 @@ def _without_memory(
     config: EstimateConfig, device: torch.device
 ) -> tuple[CountedStep | None, str | None]:
     """The counts, from tensors without memory; or None and why there are none."""
-    with torch.device("meta"):
-        built = build(config)
     try:
+        with torch.device("meta"):
+            built = build(config)
         model, inputs = moved(built, torch.device("meta"))
         with faked(model, inputs, device) as inputs:
             return _counted(Subject(config, (model, inputs), device)), None
     except Exception as error:  # what a foreign model does with such tensors: anything
-        if isinstance(error, FreezeOutError) and not _is_for_lack_of_values(error):
-            raise
+        if isinstance(error, FreezeOutError) and error.__cause__ is None:
+            raise  # of ours, and true of real tensors as well
         return None, (first_line(error) or type(error).__name__).rstrip(".")
-
-
-def _is_for_lack_of_values(error: BaseException | None) -> bool:
-    """Whether the model failed because tensors without memory have no values."""
-    kinds = (NotImplementedError, DataDependentOutputException, DynamicOutputShapeException)
-    while error is not None and not isinstance(error, kinds):
-        error = error.__cause__
-    return error is not None
 
 
 def _counted(subject: Subject) -> CountedStep:

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -176,7 +177,15 @@ def _from_function(path: str) -> Built:
             f"{path} must return a pair, a torch.nn.Module and its example inputs; it returned "
             f"{kind}"
         )
-    return result
+    model, inputs = result
+    if any(map(is_lazy, model.parameters())):  # they get their sizes from the first inputs
+        args, kwargs = call_arguments(inputs)
+        try:
+            with torch.no_grad():
+                model(*args, **kwargs)
+        except Exception as error:
+            raise InvalidValue(f"the model of {path} failed with {_line(error)}") from error
+    return model, inputs
 
 
 def _find(path: str) -> Callable[[], Any]:
@@ -184,7 +193,9 @@ def _find(path: str) -> Callable[[], Any]:
     module_name, _, name = path.partition(":")
     sys.path.insert(0, os.getcwd())
     try:
-        module = importlib.import_module(module_name)
+        # Tensors made at import stay, and are to be real ones.
+        with torch.device("cpu"):
+            module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         if error.name is not None and (module_name + ".").startswith(error.name + "."):
             raise InvalidValue(
