@@ -104,10 +104,11 @@ class FreezeOut:
         if isinstance(model, nn.Module):
             _take_over(model, optimizers)
         ready = _ready_layers(layers)
+        held = held_by(optimizers)
         if layers is None:
-            found = find_layers(model, example_inputs)
+            found = find_layers(model, example_inputs, trained=held)
         else:
-            found = ready or given_layers(model, layers, example_inputs)
+            found = ready or given_layers(model, layers, example_inputs, trained=held)
         planned = plan_layers(
             model,
             found,
@@ -142,10 +143,11 @@ class FreezeOut:
             for each in optimizers
         ]
         known = bool(ready) or example_inputs is not None
-        self._order_check = None if known else OrderCheck(model, self.layers)
+        self._order_check = None if known else OrderCheck(model, self.layers, layers is None)
         self._looked = False  # whether the model was changed
         self._watch: UpdateWatch | None = UpdateWatch()
         self._engaged = EngagedCheck(model, self.layers)
+        self._tell_left_out(held)
         self._apply(self.num_frozen)
         _DRIVING.add(self)
         if planned.given:
@@ -162,6 +164,24 @@ class FreezeOut:
                 f"layer {name!r} starts at {largest:.3g} times the base learning rate "
                 f"({largest * base_rate:.3g}), because it freezes so early and scale_lr gives "
                 "every layer the same total; a larger t_0, or scale_lr=False, starts lower",
+                stacklevel=3,
+            )
+
+    def _tell_left_out(self, held: set[nn.Parameter]) -> None:
+        """Which parameters something else may train, beside those that are frozen from the start."""
+        out = [
+            (self._names[p], layer.name)
+            for layer in self.layers[self.num_frozen :]
+            for p in layer.parameters
+            if p.requires_grad and p not in held
+        ]
+        if out:
+            shown = ", ".join(repr(name) for name, _ in out[:3]) + ", ..." * (len(out) > 3)
+            warnings.warn(
+                f"{len(out)} parameters require gradients, but are in no optimizer that FreezeOut "
+                f"was given ({shown}): their learning rates are not annealed, and they stop with "
+                f"the layer that they are part of ({out[0][1]!r} first). Give FreezeOut all "
+                "optimizers, as a list, or call requires_grad_(False) on what does not train",
                 stacklevel=3,
             )
 
@@ -251,6 +271,8 @@ class FreezeOut:
         if after != before or not self._looked:
             check_unchanged(self.model, self.layers, self._names)
             self._looked = True
+        if self._order_check is not None:
+            self._check_order(after > before)
         self.times.record(before, self.layers[-1].parameters[0].device)
         self._step += 1
         if after != before:
@@ -498,6 +520,13 @@ class FreezeOut:
             f"of {layer!r} first); it is undone in each step, and they are not trained. To train "
             "them, choose a plan that does not freeze them, or call release()",
         )
+
+    def _check_order(self, freezes: bool) -> None:
+        if self.order_pending:
+            assert self._order_check is not None
+            self._order_check.stepped(freezes)
+        if not self.order_pending:
+            self._order_check = None
 
     def _tell_over(self) -> None:
         self._tell(

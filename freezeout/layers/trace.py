@@ -3,8 +3,8 @@
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from types import FrameType
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,14 +13,10 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 from torch.utils.hooks import RemovableHandle
 
-from ..errors import InvalidValue, LayerOrderError
+from ..errors import InvalidValue
 from ..words import first_line
 from .flow import Flow, memory_of
-from .marks import copied_plainly
 from .scratch import scratch, uncompiled
-
-if TYPE_CHECKING:
-    from .layer import Layer
 
 # A tensor or any other single argument; a tuple of positional arguments; a mapping of keyword
 # arguments; or the pair (tuple, mapping).
@@ -36,6 +32,10 @@ class Trace:
             running then, outermost first, itself included.
         uses: for each parameter used, the time of its last use and the modules running then. A
             use is an operation that takes the parameter, wherever it is called from.
+        applied: for each parameter that was applied to data, itself or what was computed from it,
+            the time at which it last was and the modules running then.
+        graded: the parameters that were used where autograd looks, which under `no_grad` it does
+            not: a teacher's, say. None: not known. Other uses of them do not count.
         starts: every (time, module) at which a module started to run.
         flow: which modules fed which; None if no forward pass was seen.
         flops, saved: of each module that was the innermost one running, the FLOPs of its forward
@@ -46,6 +46,8 @@ class Trace:
     def __init__(self, flow: Flow | None = None) -> None:
         self.runs: dict[nn.Module, tuple[int, Stack]] = {}
         self.uses: dict[nn.Parameter, tuple[int, Stack]] = {}
+        self.applied: dict[nn.Parameter, tuple[int, Stack]] = {}
+        self.graded: set[nn.Parameter] | None = None
         self.starts: list[tuple[int, nn.Module]] = []
         self.flow = flow
         self.flops: dict[nn.Module, int] | None = None if flow is None else {}
@@ -53,6 +55,7 @@ class Trace:
         self.rows = 0
         self._time = 0
         self._running: list[nn.Module] = []
+        self._with_grad: list[bool] = []  # for each of them, whether autograd looked at its start
 
     @classmethod
     def of(cls, model: nn.Module, example_inputs: ExampleInputs) -> "Trace":
@@ -73,6 +76,12 @@ class Trace:
         """Record `model` on `example_inputs`, in evaluation mode, leaving no mark on it: modes,
         buffers, random state and gradients are as before."""
         args, kwargs = call_arguments(example_inputs)
+        if getattr(model.forward, "__func__", None) is nn.Module.forward:
+            raise InvalidValue(
+                f"a {type(model).__name__} has no forward() that example_inputs could be given to; "
+                "leave example_inputs out and pass layers=, the modules in the order in which "
+                "the loss runs them"
+            )
 
         def recorded(weigh: bool) -> Trace:
             trace = cls.recorder()
@@ -108,17 +117,42 @@ class Trace:
             self._use(parameter)
         for child in module.children():
             self._define(child)
-        self._running.pop()
+        self._end()
 
     def _start(self, module: nn.Module) -> None:
         self._time += 1
         self._running.append(module)
+        self._with_grad.append(torch.is_grad_enabled())
         self.runs[module] = (self._time, tuple(self._running))
         self.starts.append((self._time, module))
+
+    def _end(self) -> None:
+        self._running.pop()
+        self._with_grad.pop()
 
     def _use(self, parameter: nn.Parameter) -> None:
         self._time += 1
         self.uses[parameter] = (self._time, tuple(self._running))
+
+    def _take(self, parameter: nn.Parameter) -> None:
+        """An operation that is seen takes the parameter. What happens to it under `no_grad` (a
+        moving average is taken of it) is no use if it has another."""
+        if self.graded is None:
+            self.graded = set()
+        if all(self._with_grad[-1:]) and (torch.is_grad_enabled() or _in_function()):
+            self.graded.add(parameter)
+        elif parameter in self.graded:
+            return
+        self._use(parameter)
+
+    def operation(self, func: Any, args: Any, kwargs: Any, taken: list[Any], given: Any) -> None:
+        """One operation, which took and gave these values."""
+        if self.flow is None:
+            return
+        for parameter in self.flow.record(self._running, taken, given, func._schema.is_mutable):
+            self._time += 1
+            self.applied[parameter] = (self._time, tuple(self._running))
+        self.count(func, args, kwargs, given)
 
     def count(self, func: Any, args: Any, kwargs: Any, given: Any) -> None:
         """The FLOPs of an operation, by torch's own formulas, for the innermost module."""
@@ -168,7 +202,7 @@ class Trace:
             self._start(module)
 
         def after(module: nn.Module, args: object, output: object) -> None:
-            self._running.pop()
+            self._end()
 
         handles: list[RemovableHandle] = []
         # A cast weight that autocast has kept would be used unseen.
@@ -196,6 +230,11 @@ class _UseListener(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self, trace: Trace, model: nn.Module) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._trace, self._parameters = trace, set(model.parameters())
+        if trace.flow is not None:
+            for parameter in self._parameters:
+                trace.flow.know(parameter, parameter)
+            for buffer in model.buffers():
+                trace.flow.know_constant(buffer)
         # FSDP puts whole parameters in the place of shards while a module runs.
         self._sharded = _places(model) if sharded_modules(model) else []
 
@@ -204,21 +243,31 @@ class _UseListener(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for value in taken:
             if isinstance(value, nn.Parameter):
                 if value in self._parameters:
-                    self._trace._use(value)
+                    self._trace._take(value)
                 elif self._sharded:
                     self._use_unsharded(value)
         given = func(*args, **(kwargs or {}))
-        if self._trace.flow is not None:
-            in_place = func._schema.is_mutable
-            self._trace.flow.record(self._trace._running, taken, given, in_place)
-            self._trace.count(func, args, kwargs or {}, given)
+        self._trace.operation(func, args, kwargs or {}, taken, given)
         return given
 
     def _use_unsharded(self, value: nn.Parameter) -> None:
         for module, name, parameter in self._sharded:
             if module._parameters[name] is value:
-                self._trace._use(parameter)
+                self._trace._take(parameter)
+                if self._trace.flow is not None:
+                    self._trace.flow.know(parameter, value)
                 break
+
+
+def _in_function() -> bool:
+    """Whether the forward of an autograd function runs: inside of it autograd never looks."""
+    frame: FrameType | None = sys._getframe()
+    code = torch.autograd.Function.apply.__func__.__code__  # type: ignore[attr-defined]
+    while frame is not None:
+        if frame.f_code is code:
+            return True
+        frame = frame.f_back
+    return False
 
 
 def sharded_modules(model: nn.Module) -> list[Any]:
@@ -272,64 +321,3 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
         for module in sharded_modules(model):
             stack.callback(module.reshard)  # the root keeps whole parameters after a forward pass
         yield
-
-
-def last_uses(layers: "Sequence[Layer]", trace: Trace) -> list[int | None]:
-    """For each layer the time of the last use of any of its trained parameters."""
-    return [
-        max((trace.uses[p][0] for p in layer.parameters if p in trace.uses), default=None)
-        for layer in layers
-    ]
-
-
-def check_order(layers: "Sequence[Layer]", times: Sequence[int | None]) -> None:
-    """Raise `LayerOrderError` unless the layers' last uses come in the layers' order."""
-    used = [(time, layer) for time, layer in zip(times, layers, strict=True) if time is not None]
-    for (time, layer), (next_time, next_layer) in pairwise(used):
-        if next_time < time:
-            order = ", ".join(layer.name for _, layer in sorted(used, key=lambda pair: pair[0]))
-            raise LayerOrderError(
-                f"layer {next_layer.name!r} is listed after {layer.name!r} but runs before it, "
-                "so freezing in that order would save nothing; pass example_inputs=, or layers= "
-                f"in the order of execution: {order}"
-            )
-
-
-class OrderCheck:
-    """Checks the layers' order once, in the model's first training forward, then goes away."""
-
-    def __init__(self, model: nn.Module, layers: "Sequence[Layer]") -> None:
-        self._layers = layers
-        self._trace = Trace()
-        self._recording: ExitStack | None = None
-        copied_plainly(model)
-        self._handles = [
-            model.register_forward_pre_hook(self._before, prepend=True),
-            model.register_forward_hook(self._after, always_call=True),
-        ]
-
-    def _before(self, model: nn.Module, args: object) -> None:
-        if torch.compiler.is_compiling():  # a graph runs no hooks
-            return
-        if model.training and torch.is_grad_enabled() and self._recording is None:
-            self._recording = ExitStack()
-            self._recording.enter_context(uncompiled())
-            self._recording.enter_context(self._trace.listening(model, running=True))
-
-    def _after(self, model: nn.Module, args: object, output: object) -> None:
-        if self._recording is not None:
-            self._recording.close()
-            self.remove()
-            if output is not None:  # None after an exception, which is to be seen
-                check_order(self._layers, last_uses(self._layers, self._trace))
-
-    @property
-    def pending(self) -> bool:
-        """Whether the forward pass to check is still to come."""
-        return bool(self._handles)
-
-    def remove(self) -> None:
-        """Stop checking."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
