@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from ..errors import InvalidType, InvalidValue
-from .flow import Flow, Node
+from .flow import Node
 from .layer import Layer, LayerCost
 from .order import check_order
 from .trace import ExampleInputs, Stack, Trace
@@ -53,6 +53,10 @@ def find_layers(
     trace = Trace.of(model, example_inputs)
     names = {module: name for name, module in model.named_modules()}
     units = _Units(model, trace, trained)
+    towers: set[nn.Module] = set()
+    while alone := units.alone():
+        towers |= alone
+        units = _Units(model, trace, trained, towers=towers)
     groups = _side_by_side(_grouped(units.in_order(), units), units)
     return _layers(model, trace, units, groups, [_name(group, units, names) for group in groups])
 
@@ -136,8 +140,9 @@ class _Blocks:
     """Tells the modules that are never split, leaves with parameters and blocks, from those that
     are made of them."""
 
-    def __init__(self, model: nn.Module, trace: Trace) -> None:
+    def __init__(self, model: nn.Module, trace: Trace, towers: Container[nn.Module] = ()) -> None:
         self._model, self._trace, self._flow = model, trace, trace.flow
+        self._towers = towers  # which are split, whatever they are
         self._weights: dict[nn.Module, int] = {}
         self._stacks: dict[nn.Module, bool] = {}
         self._most = self._count(model) / 2
@@ -166,6 +171,7 @@ class _Blocks:
             module is self._model
             or is_list
             or type(module) in split
+            or module in self._towers
             or self._holds_stack(module)
             or (not listed and self._count(module) > self._most)
         ):
@@ -225,8 +231,9 @@ class _Units:
         trace: Trace,
         trained: Container[nn.Parameter] | None,
         modules: Sequence[nn.Module] | None = None,
+        towers: Container[nn.Module] = (),
     ) -> None:
-        self.modules = _Blocks(model, trace).find() if modules is None else list(modules)
+        self.modules = _Blocks(model, trace, towers).find() if modules is None else list(modules)
         # All parameters are the root's own, or those of modules that never ran.
         self.modules = self.modules or [model]
         self._trace, self._flow = trace, trace.flow
@@ -292,15 +299,17 @@ class _Units:
     def _next(self, parameter: nn.Parameter) -> nn.Module:
         """The unit that a parameter goes with which is used between units: the next one to run
         that needs it. Behind the last unit of its branch, that one."""
-        time = self._trace.uses[parameter][0]
-        following = bisect_right(self._starts, time, key=lambda start: start[0])
-        before, after = self._starts[:following], self._starts[following:]
+
+        def following(time: int) -> int:
+            return bisect_right(self._starts, time, key=lambda start: start[0])
+
+        after = self._starts[following(self._trace.uses[parameter][0]) :]
         if self._flow is not None and parameter in self._trace.applied:
             made, taken = self._flow.made([parameter]), self._flow.taken([parameter])
             for _, unit in after:
                 if made & self._flow.taken(self.nodes(unit)):
                     return unit
-            for _, unit in reversed(before):
+            for _, unit in reversed(self._starts[: following(self._trace.applied[parameter][0])]):
                 if taken & self._flow.made(self.nodes(unit)):
                     return unit
         return after[0][1] if after else self._last
@@ -343,6 +352,29 @@ class _Units:
             return False
         made, taken = self._of_training
         return not (self._flow.made([module]) & taken or self._flow.taken([module]) & made)
+
+    def alone(self) -> set[nn.Module]:
+        """Units with parts that neither feed another nor are fed by one: towers beside others, from
+        the input to the end."""
+        if self._flow is None or len(self.times) < 2:
+            return set()
+        nodes = {m: (*self.nodes(m), *self.parameters[m]) for m in self.times}
+        made = {m: self._flow.made(each) for m, each in nodes.items()}
+        taken = {m: self._flow.taken(each) for m, each in nodes.items()}
+        alone = set()
+        for unit in self.times:
+            others = [m for m in self.times if m is not unit]
+            if not _is_leaf(unit) and all(
+                made[m] and not made[m] & taken[unit] and not made[unit] & taken[m] for m in others
+            ):
+                alone.add(unit)
+        return alone if all(map(made.get, alone)) else set()
+
+    def is_fed(self, module: nn.Module, parameter: nn.Parameter) -> bool:
+        """Whether the module took what was computed with the parameter, as far as is known."""
+        return self._flow is not None and bool(
+            self._flow.made([parameter]) & self._flow.taken([module])
+        )
 
     def nodes(self, unit: nn.Module) -> Sequence[Node]:
         """What stands for the unit in the flow: itself, or its parameters if it never runs."""
@@ -512,6 +544,13 @@ def _layers(
         key=lambda end: end[:2],
     )
     of_parameter.update(dict.fromkeys(units.aside, last))
+
+    def behind(module: nn.Module) -> int:
+        """The last layer that runs before the module: of those that feed it, if any does."""
+        before = bisect_right(ends, trace.runs[module][0], key=lambda end: end[0])
+        feeding = [i for _, i, p in ends[:before] if units.is_fed(module, p)]
+        return max(feeding or (i for _, i, _ in ends[:before]), default=0)
+
     of_module: dict[nn.Module, int] = {}
     for unit, i in number.items():
         for module in unit.modules():
@@ -527,8 +566,7 @@ def _layers(
         elif _is_leaf(module) or module in units.parameters:
             # Without parameters, or with none that are not used again later.
             if module in trace.runs and not units.is_aside(module):
-                before = bisect_right(ends, trace.runs[module][0], key=lambda end: end[0])
-                of_module[module] = max((i for _, i, _ in ends[:before]), default=0)
+                of_module[module] = behind(module)
             else:
                 of_module[module] = last
         else:  # a container ends where the last of its parts does

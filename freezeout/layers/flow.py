@@ -1,6 +1,6 @@
 """Which modules feed which: from whose results each module computed its own, in one forward."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import permutations
 from typing import Any
 
@@ -91,6 +91,43 @@ class Flow:
         """Whether some of the modules ran and none took what another gave: branches, experts."""
         ran = [module for module in modules if module in self._bit]
         return bool(ran) and not any(self.feeds(a, b) for a, b in permutations(ran, 2))
+
+
+class Graph:
+    """What tensors were computed from, in autograd's graph: sets of bits, given by leaf."""
+
+    def __init__(self, bits: Mapping[Tensor, int]) -> None:
+        self._bits = bits
+        self._known: dict[Any, int] = {}  # by node
+
+    def behind(self, values: Any) -> int:
+        found = 0
+        for value in tree_leaves(values):
+            if isinstance(value, Tensor) and value.grad_fn is not None:
+                found |= self._of(value.grad_fn)
+        return found
+
+    def _of(self, node: Any) -> int:
+        waiting = [node]
+        while waiting:
+            each = waiting[-1]
+            if each in self._known:
+                waiting.pop()
+                continue
+            following = [other for other, _ in each.next_functions if other is not None]
+            missing = [other for other in following if other not in self._known]
+            if missing:
+                waiting += missing
+                continue
+            variable = getattr(each, "variable", None)
+            found = 0 if variable is None else self._bits.get(variable, 0)
+            for other in following:
+                found |= self._known[other]
+            self._known[each] = found
+        return self._known[node]
+
+    def forget(self) -> None:
+        self._known.clear()
 
 
 def _union(sets: dict[Node, int], nodes: Iterable[Node]) -> int:

@@ -1,16 +1,17 @@
 """Whether layers are listed in the order in which they run, and which stand side by side."""
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from ..errors import LayerOrderError
+from .flow import Graph
 from .layer import Layer
 from .marks import copied_as_ever, copied_plainly, mark_of
 from .scratch import uncompiled
@@ -66,7 +67,7 @@ class OrderCheck:
         self._recording: ExitStack | None = None
         # For each layer of which a module was called, the layers that its inputs came from.
         self._fed: dict[int, int] = {}
-        self._graph = _Graph(_bits(layers))
+        self._graph = Graph(_bits(layers))
         copied_plainly(model)
         self._handles = [
             model.register_forward_pre_hook(self._before, prepend=True),
@@ -99,6 +100,7 @@ class OrderCheck:
             self._recording.close()
             self.remove()
             if output is not None:  # None after an exception, which is to be seen
+                self._trace.gave(output)
                 check_order(self._layers, self._trace)
                 if self._found:
                     self._check_idle()
@@ -108,7 +110,11 @@ class OrderCheck:
         if torch.compiler.is_compiling() or self._recording is not None:
             return
         if self._model.training and torch.is_grad_enabled():
-            self._fed[i] = self._fed.get(i, 0) | self._graph.behind((args, kwargs))
+            fed = self._graph.behind((args, kwargs))
+            self._fed[i] = self._fed.get(i, 0) | fed
+            if self._layers[i].is_frozen and fed >> (i + 1):  # it would get no gradient
+                self.remove()
+                self._check_fed()
 
     def stepped(self, freezes: bool) -> None:
         """A step was made, which freezes layers or does not. LayerOrderError if modules of the
@@ -137,9 +143,7 @@ class OrderCheck:
                     raise _out_of_order(self._layers, i, j, order)
         if self._found:
             known = self._fed
-            self._tell_side_by_side(
-                lambda i, j: feeds[i][j] if i in known and j in known else None
-            )
+            self._tell_side_by_side(lambda i, j: feeds[i][j] if i in known and j in known else None)
 
     def _check_idle(self) -> None:
         """LayerOrderError if a part that is not trained, and feeds nothing that is, would freeze
@@ -163,7 +167,7 @@ class OrderCheck:
 
     def _tell_side_by_side(self, feeds: Related) -> None:
         names = [layer.name for layer in self._layers]
-        for i, (one, other) in enumerate(zip(names, names[1:], strict=False)):
+        for i, (one, other) in enumerate(pairwise(names)):
             if feeds(i, i + 1) is False and feeds(i + 1, i) is False:
                 warnings.warn(
                     f"layers {one!r} and {other!r} do not feed each other, yet {one!r} freezes "
@@ -200,40 +204,3 @@ def _bits(layers: Sequence[Layer]) -> dict[Tensor, int]:
             if bits.get(parameter) != 1 << i:
                 bits.pop(parameter, None)
     return bits
-
-
-class _Graph:
-    """What tensors were computed from, in autograd's graph: sets of bits, given by leaf."""
-
-    def __init__(self, bits: Mapping[Tensor, int]) -> None:
-        self._bits = bits
-        self._known: dict[Any, int] = {}  # by node
-
-    def behind(self, values: Any) -> int:
-        found = 0
-        for value in tree_leaves(values):
-            if isinstance(value, Tensor) and value.grad_fn is not None:
-                found |= self._of(value.grad_fn)
-        return found
-
-    def _of(self, node: Any) -> int:
-        waiting = [node]
-        while waiting:
-            each = waiting[-1]
-            if each in self._known:
-                waiting.pop()
-                continue
-            following = [other for other, _ in each.next_functions if other is not None]
-            missing = [other for other in following if other not in self._known]
-            if missing:
-                waiting += missing
-                continue
-            variable = getattr(each, "variable", None)
-            found = 0 if variable is None else self._bits.get(variable, 0)
-            for other in following:
-                found |= self._known[other]
-            self._known[each] = found
-        return self._known[node]
-
-    def forget(self) -> None:
-        self._known.clear()

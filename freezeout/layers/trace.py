@@ -1,7 +1,7 @@
 """When each module runs and each parameter is used: one forward pass, recorded."""
 
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from types import FrameType
 from typing import Any
@@ -15,7 +15,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ..errors import InvalidValue
 from ..words import first_line
-from .flow import Flow, memory_of
+from .flow import Flow, Graph, memory_of
 from .scratch import scratch, uncompiled
 
 # A tensor or any other single argument; a tuple of positional arguments; a mapping of keyword
@@ -88,7 +88,8 @@ class Trace:
             trace.rows = rows_of(args, kwargs)
             weighing = trace.weighing(model, example_inputs) if weigh else nullcontext()
             with _undisturbed(model), trace.listening(model), weighing:
-                model(*args, **kwargs)
+                output = model(*args, **kwargs)
+            trace.gave(output)
             return trace
 
         try:
@@ -144,6 +145,14 @@ class Trace:
         elif parameter in self.graded:
             return
         self._use(parameter)
+
+    def gave(self, output: Any) -> None:
+        """The forward pass returned this: parameters that no backward pass from it reaches, behind
+        a `detach()` say, are not `graded`."""
+        parameters = list(self.graded or ())
+        reached = Graph({p: 1 << i for i, p in enumerate(parameters)}).behind(output)
+        if reached:  # otherwise it is no tensor, or not made for training
+            self.graded = {p for i, p in enumerate(parameters) if reached >> i & 1}
 
     def operation(self, func: Any, args: Any, kwargs: Any, taken: list[Any], given: Any) -> None:
         """One operation, which took and gave these values."""
@@ -243,19 +252,23 @@ class _UseListener(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for value in taken:
             if isinstance(value, nn.Parameter):
                 if value in self._parameters:
-                    self._trace._take(value)
+                    self._take(value, value)
                 elif self._sharded:
                     self._use_unsharded(value)
         given = func(*args, **(kwargs or {}))
         self._trace.operation(func, args, kwargs or {}, taken, given)
         return given
 
+    def _take(self, parameter: nn.Parameter, value: nn.Parameter) -> None:
+        """An operation takes the parameter, in the form of this value."""
+        self._trace._take(parameter)
+        if self._trace.flow is not None:  # its memory may be another by now
+            self._trace.flow.know(parameter, value)
+
     def _use_unsharded(self, value: nn.Parameter) -> None:
         for module, name, parameter in self._sharded:
             if module._parameters[name] is value:
-                self._trace._take(parameter)
-                if self._trace.flow is not None:
-                    self._trace.flow.know(parameter, value)
+                self._take(parameter, value)
                 break
 
 
