@@ -168,7 +168,7 @@ class FreezeOut:
             )
 
     def _tell_left_out(self, held: set[nn.Parameter]) -> None:
-        """Name the parameters that something else may train, if they are not frozen from the start."""
+        """Name the parameters that train, but in no optimizer that is known."""
         out = [
             (self._names[p], layer.name)
             for layer in self.layers[self.num_frozen :]

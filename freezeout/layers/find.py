@@ -328,11 +328,11 @@ class _Units:
             )
 
         training = {unit for unit, used in self.parameters.items() if any(map(trains, used))}
-        self._of_training: tuple[int, int] | None = None
+        self._made = 0  # by what trains
         if self._flow is None or not training:
             return
         nodes = [n for m in training for n in (*self.nodes(m), *filter(trains, self.parameters[m]))]
-        made, taken = self._flow.made(nodes), self._flow.taken(nodes)
+        self._made, taken = self._flow.made(nodes), self._flow.taken(nodes)
 
         def idle(nodes: Sequence[Node]) -> bool:
             mine = self._flow.made(nodes) if self._flow is not None else 0
@@ -343,15 +343,18 @@ class _Units:
             if whole and used and unit not in training and idle(self.nodes(unit)):
                 self.aside.update(used)
             self.parameters[unit] = [p for p in used if p not in self.aside]
-        if self.aside:
-            self._of_training = made, taken
 
     def is_aside(self, module: nn.Module) -> bool:
-        """Whether a module without parameters is part of what was set aside."""
-        if self._of_training is None or self._flow is None or module not in self._trace.runs:
+        """Whether a module without parameters is part of what was set aside, or behind it."""
+        if not self.aside or self._flow is None or module not in self._trace.runs:
             return False
-        made, taken = self._of_training
-        return not (self._flow.made([module]) & taken or self._flow.taken([module]) & made)
+        for outer in reversed(self._trace.runs[module][1]):
+            if inside := set(outer.parameters()):
+                if inside <= self.aside:
+                    return True
+                break
+        taken = self._flow.taken([module])
+        return bool(taken & self._flow.made(self.aside)) and not taken & self._made
 
     def alone(self) -> set[nn.Module]:
         """Units with parts that neither feed another nor are fed by one: towers beside others, from

@@ -40,6 +40,12 @@ class Flow:
         for memory in memory_of(value):
             self._plain.setdefault(memory, frozenset())
 
+    def enter(self, module: nn.Module, values: Any) -> None:
+        """The module starts to run, on these values: it may hand them back as they are."""
+        for value in tree_leaves(values):
+            for memory in memory_of(value):
+                self._taken[module] = self._taken.get(module, 0) | self._made_by.get(memory, 0)
+
     def record(
         self, running: Sequence[nn.Module], taken: Iterable[Any], given: Any, in_place: bool
     ) -> frozenset[nn.Parameter]:

@@ -49,7 +49,7 @@ def _out_of_order(
     return LayerOrderError(
         f"layer {layers[late].name!r} is listed after {layers[early].name!r} but runs before it, "
         "so freezing in that order would save nothing; pass example_inputs=, or layers= in the "
-        f"order of execution: {', '.join(layers[i].name for i in order)}"
+        "order of execution" + (f": {', '.join(layers[i].name for i in order)}" if order else "")
     )
 
 
@@ -114,32 +114,37 @@ class OrderCheck:
             self._fed[i] = self._fed.get(i, 0) | fed
             if self._layers[i].is_frozen and fed >> (i + 1):  # it would get no gradient
                 self.remove()
-                self._check_fed()
+                self._check_fed(complete=False)
 
     def stepped(self, freezes: bool) -> None:
         """A step was made, which freezes layers or does not. LayerOrderError if modules of the
         layers ran, though the model was not called, and in another order."""
-        if self._fed:
-            self.remove()
-            self._check_fed()
-        elif freezes:
-            self.remove()
-            names = [repr(layer.name) for layer in self._layers]
+        if not self._fed and not freezes:
+            return
+        self.remove()
+        self._check_fed()
+        seen = 0
+        for i, fed in self._fed.items():
+            seen |= 1 << i | fed
+        names = [repr(each.name) for i, each in enumerate(self._layers) if not seen >> i & 1]
+        if names:
             shown = [*names[:3], "...", names[-1]] if len(names) > 4 else names
             warnings.warn(
-                "layers freeze in the order in which their modules are defined, which was never "
-                f"checked, as no training forward pass was seen ({', '.join(shown)}); pass "
-                "example_inputs=, or layers= in the order of execution",
-                stacklevel=4,
+                f"the order of layers was never checked: {', '.join(shown)} were not seen in a "
+                "training forward pass, and freeze in the order in which they are "
+                f"{'defined' if self._found else 'listed'}; pass example_inputs=, or layers= in "
+                "the order of execution",
+                stacklevel=5,
             )
 
-    def _check_fed(self) -> None:
+    def _check_fed(self, complete: bool = True) -> None:
         count = len(self._layers)
         feeds = [[bool(self._fed.get(j, 0) >> i & 1) for j in range(count)] for i in range(count)]
         for i in range(count):
             for j in range(i + 1, count):
                 if feeds[j][i] and not feeds[i][j]:
                     order = sorted(range(count), key=lambda k: self._fed.get(k, 0).bit_count())
+                    order = order if complete and len(self._fed) == count else []
                     raise _out_of_order(self._layers, i, j, order)
         if self._found:
             known = self._fed

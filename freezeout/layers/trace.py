@@ -207,8 +207,10 @@ class Trace:
     def listening(self, model: nn.Module, running: bool = False) -> Iterator[None]:
         """Record what runs inside the `with` block; `running`: the model runs already."""
 
-        def before(module: nn.Module, args: object) -> None:
+        def before(module: nn.Module, args: object, kwargs: object) -> None:
             self._start(module)
+            if self.flow is not None:
+                self.flow.enter(module, (args, kwargs))
 
         def after(module: nn.Module, args: object, output: object) -> None:
             self._end()
@@ -223,7 +225,9 @@ class Trace:
             for module in model.modules():
                 if running and module is model:
                     continue
-                handles.append(module.register_forward_pre_hook(before, prepend=True))
+                handles.append(
+                    module.register_forward_pre_hook(before, prepend=True, with_kwargs=True)
+                )
                 handles.append(module.register_forward_hook(after, always_call=True))
             with _UseListener(self, model):
                 yield
