@@ -3,7 +3,6 @@
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -73,18 +72,12 @@ class OrderCheck:
             model.register_forward_pre_hook(self._before, prepend=True),
             model.register_forward_hook(self._after, always_call=True),
         ]
-        self._modules = [
-            (i, module)
-            for i, layer in enumerate(layers)
-            for module in layer.boundary
-            if module is not model
-        ]
-        for i, module in self._modules:
+        self._number = {m: i for i, layer in enumerate(layers) for m in layer.boundary}
+        self._number.pop(model, None)
+        for module in self._number:
             copied_plainly(module)
             self._handles.append(
-                module.register_forward_pre_hook(
-                    partial(self._enter, i), prepend=True, with_kwargs=True
-                )
+                module.register_forward_pre_hook(self._enter, prepend=True, with_kwargs=True)
             )
 
     def _before(self, model: nn.Module, args: object) -> None:
@@ -106,11 +99,11 @@ class OrderCheck:
                     self._check_idle()
                     self._tell_side_by_side(_feeding(self._layers, self._trace))
 
-    def _enter(self, i: int, module: nn.Module, args: Any, kwargs: Any) -> None:
+    def _enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         if torch.compiler.is_compiling() or self._recording is not None:
             return
         if self._model.training and torch.is_grad_enabled():
-            fed = self._graph.behind((args, kwargs))
+            i, fed = self._number[module], self._graph.behind((args, kwargs))
             self._fed[i] = self._fed.get(i, 0) | fed
             if self._layers[i].is_frozen and fed >> (i + 1):  # it would get no gradient
                 self.remove()
@@ -193,10 +186,10 @@ class OrderCheck:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        for _, module in self._modules:
+        for module in self._number:
             if mark_of(module) is None:
                 copied_as_ever(module)
-        self._modules.clear()
+        self._number.clear()
         self._graph.forget()
 
 

@@ -1,5 +1,7 @@
 """Layers that are no plain chain: branches, teachers, functional weights, losses by method."""
 
+import copy
+import pickle
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -409,3 +411,11 @@ def test_an_order_that_was_never_seen_is_told_before_the_first_freeze() -> None:
 def test_a_model_without_a_forward_is_told_of_layers() -> None:
     with pytest.raises(InvalidValue, match=r"ByMethod has no forward\(\).*pass layers="):
         built(ByMethod())
+
+
+def test_copies_that_are_made_before_the_first_pass_carry_no_hook() -> None:
+    model = ByMethod()
+    FreezeOut(model, SGD(model.parameters(), 0.1), 20)
+    assert model.head._forward_pre_hooks
+    for clone in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert not any(m._forward_pre_hooks or "__reduce_ex__" in vars(m) for m in clone.modules())
