@@ -56,8 +56,8 @@ class FreezeOut:
         layers: the model's layers in execution order, each a module or several, in place of
             those that `find_layers` finds; or a list that `find_layers` has returned.
         example_inputs: what one forward pass takes (see `find_layers`). Without it, modules are
-            taken in the order of their definition, and the first training forward pass checks
-            that they run in that order.
+            taken in the order of their definition, and the first training forward pass (or, if
+            the model itself is not called, the first step) checks that they run in that order.
         freeze_every: freeze only after steps that are multiples of this.
         anneal: False: layers freeze on time, but their learning rates are left alone.
         keep_awake: True: layers that the user froze are left as they are, norms and dropout in
