@@ -33,7 +33,7 @@ class Trace:
         uses: for each parameter used, the time of its last use and the modules running then. A
             use is an operation that takes the parameter, wherever it is called from.
         applied: for each parameter that was applied to data, itself or what was computed from it,
-            the time at which it last was and the modules running then.
+            the time at which it first was after its last use, and the modules running then.
         graded: the parameters that were used where autograd looks, which under `no_grad` it does
             not: a teacher's, say. None: not known. Other uses of them do not count.
         starts: every (time, module) at which a module started to run.
@@ -159,8 +159,10 @@ class Trace:
         if self.flow is None:
             return
         for parameter in self.flow.record(self._running, taken, given, func._schema.is_mutable):
-            self._time += 1
-            self.applied[parameter] = (self._time, tuple(self._running))
+            before = self.applied.get(parameter)
+            if before is None or before[0] < self.uses.get(parameter, before)[0]:
+                self._time += 1
+                self.applied[parameter] = (self._time, tuple(self._running))
         self.count(func, args, kwargs, given)
 
     def count(self, func: Any, args: Any, kwargs: Any, given: Any) -> None:
