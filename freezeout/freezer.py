@@ -66,8 +66,8 @@ class FreezeOut:
         layers: the model's layers in execution order, each a module or several, in place of
             those that `find_layers` finds; or a list that `find_layers` has returned.
         example_inputs: what one forward pass takes (see `find_layers`). Without it, modules are
-            taken in the order of their definition, and the first training forward pass checks
-            that they run in that order.
+            taken in the order of their definition, and the first training forward pass (or, if
+            the model itself is not called, the first step) checks that they run in that order.
         freeze_every: freeze only after steps that are multiples of this.
         anneal: False: layers freeze on time, but their learning rates are left alone, and groups
             stay whole.
@@ -118,10 +118,11 @@ class FreezeOut:
         if isinstance(model, nn.Module):
             _take_over(model, optimizers)
         ready = _ready_layers(layers)
+        held = held_by(optimizers)
         if layers is None:
-            found = find_layers(model, example_inputs)
+            found = find_layers(model, example_inputs, trained=held)
         else:
-            found = ready or given_layers(model, layers, example_inputs)
+            found = ready or given_layers(model, layers, example_inputs, trained=held)
         planned = plan_layers(
             model,
             found,
@@ -161,10 +162,11 @@ class FreezeOut:
             for each in optimizers
         ]
         known = bool(ready) or example_inputs is not None
-        self._order_check = None if known else OrderCheck(model, self.layers)
+        self._order_check = None if known else OrderCheck(model, self.layers, layers is None)
         self._looked = False  # whether the model was changed
         self._watch: UpdateWatch | None = UpdateWatch()
         self._engaged = EngagedCheck(model, self.layers)
+        self._tell_left_out(held)
         self._gradients = GradientWatch(self.layers, optimizers, self.timeline)
         self._apply(self.num_frozen)
         _DRIVING.add(self)
@@ -183,6 +185,24 @@ class FreezeOut:
                 f"layer {name!r} starts at {largest:.3g} times the base learning rate{rate}, "
                 "because it freezes so early and scale_lr gives "
                 "every layer the same total; a larger t_0, or scale_lr=False, starts lower",
+                stacklevel=3,
+            )
+
+    def _tell_left_out(self, held: set[nn.Parameter]) -> None:
+        """Name the parameters that train, but in no optimizer that is known."""
+        out = [
+            (self._names[p], layer.name)
+            for layer in self.layers[self.num_frozen :]
+            for p in layer.parameters
+            if p.requires_grad and p not in held
+        ]
+        if out:
+            shown = ", ".join(repr(name) for name, _ in out[:3]) + ", ..." * (len(out) > 3)
+            warnings.warn(
+                f"{len(out)} parameters require gradients, but are in no optimizer that FreezeOut "
+                f"was given ({shown}): their learning rates are not annealed, and they stop with "
+                f"the layer that they are part of ({out[0][1]!r} first). Give FreezeOut all "
+                "optimizers, as a list, or call requires_grad_(False) on what does not train",
                 stacklevel=3,
             )
 
@@ -286,6 +306,8 @@ class FreezeOut:
             check_unchanged(self.model, self.layers, self._names)
             self._tell_hooks()
             self._looked = True
+        if self._order_check is not None:
+            self._check_order(after > before)
         self.times.record(before, self.layers[-1].parameters[0].device)
         self._step += 1
         if after != before:
@@ -549,6 +571,13 @@ class FreezeOut:
             f"of {layer!r} first); it is undone in each step, and they are not trained. To train "
             "them, choose a plan that does not freeze them, or call release()",
         )
+
+    def _check_order(self, freezes: bool) -> None:
+        if self.order_pending:
+            assert self._order_check is not None
+            self._order_check.stepped(freezes)
+        if not self.order_pending:
+            self._order_check = None
 
     def _parameters_of(self, depth: int) -> Iterator[nn.Parameter]:
         return (p for layer in self.layers[:depth] for p in layer.parameters)

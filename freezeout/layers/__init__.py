@@ -2,6 +2,7 @@
 
 from .find import find_layers, given_layers
 from .layer import Layer
-from .trace import ExampleInputs, OrderCheck, Trace
+from .order import OrderCheck
+from .trace import ExampleInputs, Trace
 
 __all__ = ["ExampleInputs", "Layer", "OrderCheck", "Trace", "find_layers", "given_layers"]

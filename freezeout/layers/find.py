@@ -2,20 +2,26 @@
 
 import warnings
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from itertools import combinations
 from typing import Any
 
 from torch import nn
 
 from ..errors import InvalidType, InvalidValue
-from .flow import Flow
+from .flow import Node
 from .layer import Layer, LayerCost
 from .names import innermost, plain_names
-from .trace import ExampleInputs, Stack, Trace, check_order, last_uses
+from .order import check_order
+from .trace import ExampleInputs, Stack, Trace
 
 
-def find_layers(model: nn.Module, example_inputs: ExampleInputs = None) -> list[Layer]:
+def find_layers(
+    model: nn.Module,
+    example_inputs: ExampleInputs = None,
+    *,
+    trained: Container[nn.Parameter] | None = None,
+) -> list[Layer]:
     """The layers of `model`, in the order in which one forward pass uses them last.
 
     Args:
@@ -24,13 +30,16 @@ def find_layers(model: nn.Module, example_inputs: ExampleInputs = None) -> list[
             mapping of keyword arguments, or the pair (tuple, mapping). A small batch will do.
             None: the modules' order of definition is taken instead of a forward pass. A `Trace`:
             that of a forward pass which has been recorded.
+        trained: parameters that are trained if they require a gradient; None: all of them.
 
     A residual block, dense unit or transformer block is one layer, and so is a convolution with
     its norm; a norm without a bare neighbour in front goes with what follows, as a final norm
     with the classifier. A parameter used in several places belongs to the last of them; one
     owned by no layer's module (class token, position embedding) to the layer that runs next. A
-    module without parameters belongs to the layer executed before it. First layers that do not
-    feed each other are one, and so are last ones (parallel heads). Parameters that the forward
+    module without parameters belongs to the layer executed before it. Branches that do not feed
+    each other (towers, heads) are side by side, one layer at each depth, counted from the end;
+    first layers that do not feed each other are one. What neither trains nor feeds anything that
+    does (a teacher) stays out: it goes with the last layer. Parameters that the forward
     pass did not use belong to the block that they stand in if it ran (experts that no input
     took) and otherwise to the last layer, with a warning. Every parameter and every module of the
     model is in exactly one layer.
@@ -44,10 +53,12 @@ def find_layers(model: nn.Module, example_inputs: ExampleInputs = None) -> list[
         raise InvalidValue("the model has no parameters: there is nothing to train or freeze")
     trace = Trace.of(model, example_inputs)
     names = plain_names(model)
-    units = _Units(model, trace)
-    groups = _grouped(units.in_order(), units)
-    if trace.flow is not None:
-        groups = _ends_joined(groups, units, trace.flow)
+    units = _Units(model, trace, trained)
+    towers: set[nn.Module] = set()
+    while alone := units.alone():
+        towers |= alone
+        units = _Units(model, trace, trained, towers=towers)
+    groups = _side_by_side(_grouped(units.in_order(), units), units)
     return _layers(model, trace, units, groups, [_name(group, units, names) for group in groups])
 
 
@@ -55,6 +66,8 @@ def given_layers(
     model: nn.Module,
     layers: Sequence[Any],
     example_inputs: ExampleInputs = None,
+    *,
+    trained: Container[nn.Parameter] | None = None,
 ) -> list[Layer]:
     """Layers from a user's list: each entry a module, or several that freeze together.
 
@@ -95,10 +108,10 @@ def given_layers(
     if not groups:
         raise InvalidValue("layers is empty; pass at least one module")
     trace = Trace.of(model, example_inputs)
-    units = _Units(model, trace, [module for group in groups for module in group])
+    units = _Units(model, trace, trained, [module for group in groups for module in group])
     result = _layers(model, trace, units, groups, [names[group[0]] or "model" for group in groups])
     if example_inputs is not None:
-        check_order(result, last_uses(result, trace))
+        check_order(result, trace)
     return result
 
 
@@ -133,8 +146,9 @@ class _Blocks:
     """Tells the modules that are never split, leaves with parameters and blocks, from those that
     are made of them."""
 
-    def __init__(self, model: nn.Module, trace: Trace) -> None:
+    def __init__(self, model: nn.Module, trace: Trace, towers: Container[nn.Module] = ()) -> None:
         self._model, self._trace, self._flow = innermost(model), trace, trace.flow
+        self._towers = towers  # which are split, whatever they are
         self._weights: dict[nn.Module, int] = {}
         self._stacks: dict[nn.Module, bool] = {}
         self._most = self._count(model) / 2
@@ -165,6 +179,7 @@ class _Blocks:
             inner is self._model
             or is_list
             or type(inner) in split
+            or module in self._towers
             or self._holds_stack(inner)
             or (not listed and self._count(inner) > self._most)
         ):
@@ -221,18 +236,38 @@ class _Units:
     """The unsplit modules, and which of them each parameter and module of the model is part of."""
 
     def __init__(
-        self, model: nn.Module, trace: Trace, modules: Sequence[nn.Module] | None = None
+        self,
+        model: nn.Module,
+        trace: Trace,
+        trained: Container[nn.Parameter] | None,
+        modules: Sequence[nn.Module] | None = None,
+        towers: Container[nn.Module] = (),
     ) -> None:
-        self.modules = _Blocks(model, trace).find() if modules is None else list(modules)
+        self.modules = _Blocks(model, trace, towers).find() if modules is None else list(modules)
         # All parameters are the root's own, or those of modules that never ran.
         self.modules = self.modules or [model]
+        self._trace, self._flow = trace, trace.flow
         self._set = set(self.modules)
-        self._starts = [(time, m) for time, m in trace.starts if m in self._set]
+        self._home = {p: unit for unit in reversed(self.modules) for p in unit.parameters()}
         self._last = max(self.modules, key=lambda m: trace.runs.get(m, (-1,))[0])
+        users = {p: self._user(p) for p in trace.uses}
+        self._starts = sorted(
+            [(time, m) for time, m in trace.starts if m in self._set]
+            + [
+                (self.time(p), m) for p, m in users.items() if m is not None and m not in trace.runs
+            ],
+            key=lambda start: start[0],
+        )
         self.parameters: dict[nn.Module, list[nn.Parameter]] = {m: [] for m in self.modules}
+        self.aside: set[nn.Parameter] = set()  # neither trained nor taken by what is
+        free: list[nn.Parameter] = []  # used between units
+        for parameter, user in users.items():
+            # A module may well be false: an empty list, or one of torch.compile's.
+            self.parameters[self._next(parameter) if user is None else user].append(parameter)
+            if user is None:
+                free.append(parameter)
+        self._set_aside(trained, free, modules is None)
         self.unused: list[str] = []
-        for parameter, use in trace.uses.items():
-            self.parameters[self._user(*use)].append(parameter)
         # Of blocks that were used otherwise, an expert that no row took say.
         spare = {
             parameter: unit
@@ -249,7 +284,7 @@ class _Units:
         self.times = {
             m: max(times)
             for m, used in self.parameters.items()
-            if (times := [trace.uses[p][0] for p in used if p in trace.uses])
+            if (times := [self.time(p) for p in used if p in trace.uses])
         }
         if not self.times:
             raise InvalidValue("the forward pass on example_inputs used none of the parameters")
@@ -258,12 +293,117 @@ class _Units:
         """The unit that is running, given the modules that are, or None between units."""
         return next((module for module in reversed(stack) if module in self._set), None)
 
-    def _user(self, time: int, stack: Stack) -> nn.Module:
-        unit = self.inside(stack)
-        if unit is None:  # used between units: the unit that runs next needs it
-            following = bisect_right(self._starts, time, key=lambda start: start[0])
-            unit = self._starts[following][1] if following < len(self._starts) else self._last
+    def time(self, parameter: nn.Parameter) -> int:
+        """Of its last use: if its unit never runs itself, of that on data."""
+        unit = self._user(parameter)
+        if unit is not None and unit not in self._trace.runs and parameter in self._trace.applied:
+            return self._trace.applied[parameter][0]
+        return self._trace.uses[parameter][0]
+
+    def _user(self, parameter: nn.Parameter) -> nn.Module | None:
+        """The unit that uses it last; None: it is used between units."""
+        unit = self.inside(self._trace.uses[parameter][1])
+        home, applied = self._home.get(parameter), self._trace.applied.get(parameter)
+        if unit is None and home not in self._trace.runs and applied is not None:
+            # Its unit's forward is written out by what contains it, F.linear(x, unit.weight) say.
+            unit = home if self.inside(applied[1]) is None else None
         return unit
+
+    def _next(self, parameter: nn.Parameter) -> nn.Module:
+        """The unit that a parameter goes with which is used between units: the next one to run
+        that needs it. Behind the last unit of its branch, that one."""
+
+        def following(time: int) -> int:
+            return bisect_right(self._starts, time, key=lambda start: start[0])
+
+        after = self._starts[following(self._trace.uses[parameter][0]) :]
+        if self._flow is not None and parameter in self._trace.applied:
+            made, taken = self._flow.made([parameter]), self._flow.taken([parameter])
+            for _, unit in after:
+                if made & self._flow.taken(self.nodes(unit)):
+                    return unit
+            for _, unit in reversed(self._starts[: following(self._trace.applied[parameter][0])]):
+                if taken & self._flow.made(self.nodes(unit)):
+                    return unit
+        return after[0][1] if after else self._last
+
+    def _set_aside(
+        self, trained: Container[nn.Parameter] | None, free: list[nn.Parameter], whole: bool
+    ) -> None:
+        """Take out what is not trained and feeds nothing that is; `whole`: units as well."""
+        graded = self._trace.graded
+
+        def trains(parameter: nn.Parameter) -> bool:
+            return (
+                parameter.requires_grad
+                and (trained is None or parameter in trained)
+                and (graded is None or parameter in graded)
+            )
+
+        training = {unit for unit, used in self.parameters.items() if any(map(trains, used))}
+        self._made = 0  # by what trains
+        if self._flow is None or not training:
+            return
+        nodes = [n for m in training for n in (*self.nodes(m), *filter(trains, self.parameters[m]))]
+        self._made, taken = self._flow.made(nodes), self._flow.taken(nodes)
+
+        def idle(nodes: Sequence[Node]) -> bool:
+            mine = self._flow.made(nodes) if self._flow is not None else 0
+            return bool(mine) and not mine & taken
+
+        self.aside = {p for p in free if not trains(p) and idle([p])}
+        for unit, used in self.parameters.items():
+            if whole and used and unit not in training and idle(self.nodes(unit)):
+                self.aside.update(used)
+            self.parameters[unit] = [p for p in used if p not in self.aside]
+
+    def is_aside(self, module: nn.Module) -> bool:
+        """Whether a module without parameters is part of what was set aside, or behind it."""
+        if not self.aside or self._flow is None or module not in self._trace.runs:
+            return False
+        for outer in reversed(self._trace.runs[module][1]):
+            if inside := set(outer.parameters()):
+                if inside <= self.aside:
+                    return True
+                break
+        taken = self._flow.taken([module])
+        return bool(taken & self._flow.made(self.aside)) and not taken & self._made
+
+    def alone(self) -> set[nn.Module]:
+        """Units with parts that neither feed another nor are fed by one: towers beside others, from
+        the input to the end."""
+        if self._flow is None or len(self.times) < 2:
+            return set()
+        nodes = {m: (*self.nodes(m), *self.parameters[m]) for m in self.times}
+        made = {m: self._flow.made(each) for m, each in nodes.items()}
+        taken = {m: self._flow.taken(each) for m, each in nodes.items()}
+        alone = set()
+        for unit in self.times:
+            others = [m for m in self.times if m is not unit]
+            if not _is_leaf(innermost(unit)) and all(
+                made[m] and not made[m] & taken[unit] and not made[unit] & taken[m] for m in others
+            ):
+                alone.add(unit)
+        return alone if all(map(made.get, alone)) else set()
+
+    def is_fed(self, module: nn.Module, parameter: nn.Parameter) -> bool:
+        """Whether the module took what was computed with the parameter, as far as is known."""
+        return self._flow is not None and bool(
+            self._flow.made([parameter]) & self._flow.taken([module])
+        )
+
+    def nodes(self, unit: nn.Module) -> Sequence[Node]:
+        """What stands for the unit in the flow: itself, or its parameters if it never runs."""
+        return (unit,) if unit in self._trace.runs else tuple(unit.parameters())
+
+    def feeds(self, one: nn.Module, other: nn.Module, unknown: bool = True) -> bool:
+        """Whether the other unit took anything computed from a result of this."""
+        if self._flow is None:
+            return unknown
+        mine, others = self._flow.made(self.nodes(one)), self._flow.made(self.nodes(other))
+        if not mine or not others:
+            return unknown
+        return bool(mine & self._flow.taken(self.nodes(other)))
 
     def is_norm(self, unit: nn.Module) -> bool:
         """Whether all it has is a scale or shift a channel: any norm, PReLU, layer scale."""
@@ -292,12 +432,19 @@ def _grouped(ordered: list[nn.Module], units: _Units) -> list[list[nn.Module]]:
     def bare(group: list[nn.Module]) -> bool:
         return all(_is_leaf(innermost(unit)) and not units.is_norm(unit) for unit in group)
 
+    def in_front(unit: nn.Module) -> list[nn.Module] | None:
+        """The last group that feeds it: others may be of a branch beside it."""
+        feeding = (g for g in reversed(groups) if any(units.feeds(one, unit) for one in g))
+        return next(feeding, None)
+
     for unit in ordered:
+        mine = [one for one in waiting if units.feeds(one, unit)]
+        front = in_front(unit)
         if units.is_norm(unit):
             trained = any(p.requires_grad for p in units.parameters[unit])
             behind = isinstance(innermost(unit), nn.PReLU) or not trained
-            if groups and not waiting and (behind or bare(groups[-1])):
-                groups[-1].append(unit)
+            if front is not None and not mine and (behind or bare(front)):
+                front.append(unit)
             else:
                 waiting.append(unit)
         elif units.is_depthwise(unit):
@@ -310,40 +457,68 @@ def _grouped(ordered: list[nn.Module], units: _Units) -> list[list[nn.Module]]:
         ):
             groups[-1].append(unit)
         else:
-            groups.append([*waiting, unit])
-            waiting = []
-    if waiting:
-        groups[-1:] = [[*(groups[-1] if groups else []), *waiting]]
+            groups.append([*mine, unit])
+            waiting = [one for one in waiting if one not in mine]
+    for unit in waiting:  # at the end of its branch
+        front = in_front(unit)
+        if front is None:
+            groups[-1:] = [[*(groups[-1] if groups else []), unit]]
+        else:
+            front.append(unit)
     return groups
 
 
-def _ends_joined(groups: list[list[nn.Module]], units: _Units, flow: Flow) -> list[list[nn.Module]]:
-    """The groups with those joined that come first, or last, and do not feed one another:
-    embeddings or stems of several inputs, parallel heads."""
+def _side_by_side(groups: list[list[nn.Module]], units: _Units) -> list[list[nn.Module]]:
+    """The groups with those joined that stand side by side: branches that do not feed each other.
 
-    def apart(group: list[nn.Module], others: list[list[nn.Module]]) -> bool:
-        weights = [unit for unit in group if not units.is_norm(unit)]
-        return not any(
-            flow.feeds(one, part) or flow.feeds(part, one)
-            for one in weights
-            for other in others
-            for part in other
-            if not units.is_norm(part)
-        )
+    First ones are one: embeddings or stems of several inputs. All others are as far from the end
+    as the longest way there is, so that heads end together, and towers as well.
+    """
+    weights = [[u for u in group if not units.is_norm(u)] for group in groups]
 
+    def related(i: int, j: int) -> bool:
+        pairs = ((a, b) for a in weights[i] or groups[i] for b in weights[j] or groups[j])
+        return any(units.feeds(a, b) or units.feeds(b, a) for a, b in pairs)
+
+    count = len(groups)
     first = 1
-    while first < len(groups) and apart(groups[first], groups[:first]):
+    while first < count and not any(related(i, first) for i in range(first)):
         first += 1
-    last = len(groups) - 1
-    while last > first and apart(groups[last - 1], groups[last:]):
-        last -= 1
-    if first == len(groups):  # all of them side by side
+    if first == count:  # all of them side by side
         return groups
-    return [
-        [unit for group in groups[:first] for unit in group],
-        *groups[first:last],
-        [unit for group in groups[last:] for unit in group],
+    behind = [[j for j in range(max(i + 1, first), count) if related(i, j)] for i in range(count)]
+    for j in range(first, count):
+        # A branch of one layer where branches meet, a decoder's embedding say, is a layer of its
+        # own, behind what runs before it.
+        if behind[j] and not any(j in behind[i] for i in range(j)):
+            meeting = behind[j][0]
+            others = [i for i in range(meeting) if i != j and meeting in behind[i]]
+            if any(i not in behind[j] for i in others):
+                for i in others:
+                    if i < j:
+                        behind[i].append(j)
+    depth = [0] * count
+    for i in reversed(range(count)):
+        depth[i] = 1 + max((depth[j] for j in behind[i]), default=-1)
+    depth[:first] = [max(depth[:first])] * first
+    joined = [
+        [unit for group, own in zip(groups, depth, strict=True) if own == level for unit in group]
+        for level in sorted(set(depth), reverse=True)
     ]
+    # A norm that several branches take goes with the first of them.
+    number = {unit: i for i, group in enumerate(joined) for unit in group}
+    for unit, i in number.items():
+        if units.is_norm(unit):
+            taking = [
+                number[u]
+                for part in weights
+                for u in part
+                if units.times[u] > units.times[unit] and units.feeds(unit, u, unknown=False)
+            ]
+            if (early := min(taking, default=i)) < i:
+                joined[i].remove(unit)
+                joined[early].append(unit)
+    return joined
 
 
 def _is_leaf(unit: nn.Module) -> bool:
@@ -380,7 +555,18 @@ def _layers(
         )
     # Modules outside every unit: after the layer that was executed before them.
     # A parameter of a later layer may be used before it too (a position embedding, then dropout).
-    ends = sorted((use[0], of_parameter[p]) for p, use in trace.uses.items())
+    ends = sorted(
+        ((trace.uses[p][0], i, p) for p, i in of_parameter.items() if p in trace.uses),
+        key=lambda end: end[:2],
+    )
+    of_parameter.update(dict.fromkeys(units.aside, last))
+
+    def behind(module: nn.Module) -> int:
+        """The last layer that runs before the module: of those that feed it, if any does."""
+        before = bisect_right(ends, trace.runs[module][0], key=lambda end: end[0])
+        feeding = [i for _, i, p in ends[:before] if units.is_fed(module, p)]
+        return max(feeding or (i for _, i, _ in ends[:before]), default=0)
+
     of_module: dict[nn.Module, int] = {}
     for unit, i in number.items():
         for module in unit.modules():
@@ -400,9 +586,8 @@ def _layers(
             or (module in trace.runs and next(module.parameters(), None) is None)
         ):
             # Without parameters, or with none that are not used again later.
-            if module in trace.runs:
-                before = bisect_right(ends, trace.runs[module][0], key=lambda end: end[0])
-                of_module[module] = max((i for _, i in ends[:before]), default=0)
+            if module in trace.runs and not units.is_aside(module):
+                of_module[module] = behind(module)
                 for part in module.modules():  # an observer whose method is called
                     if part not in trace.runs:
                         of_module.setdefault(part, of_module[module])

@@ -1,10 +1,10 @@
 """When each module runs and each parameter is used: one forward pass, recorded."""
 
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
-from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from types import FrameType
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,15 +14,12 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 from torch.utils.hooks import RemovableHandle
 
-from ..errors import InvalidValue, LayerOrderError
+from ..errors import InvalidValue
 from ..words import first_line
-from .flow import Flow, memory_of
+from .flow import Flow, Graph, memory_of
 from .held import Writes, writes_always
-from .marks import copied_plainly, is_norm
+from .marks import is_norm
 from .scratch import scratch, uncompiled
-
-if TYPE_CHECKING:
-    from .layer import Layer
 
 # A tensor or any other single argument; a tuple of positional arguments; a mapping of keyword
 # arguments; or the pair (tuple, mapping).
@@ -38,6 +35,10 @@ class Trace:
             running then, outermost first, itself included.
         uses: for each parameter used, the time of its last use and the modules running then. A
             use is an operation that takes the parameter, wherever it is called from.
+        applied: for each parameter that was applied to data, itself or what was computed from it,
+            the time at which it first was after its last use, and the modules running then.
+        graded: the parameters that were used where autograd looks, which under `no_grad` it does
+            not: a teacher's, say. None: not known. Other uses of them do not count.
         starts: every (time, module) at which a module started to run.
         flow: which modules fed which; None if no forward pass was seen.
         flops, saved: of each module that was the innermost one running, the FLOPs of its forward
@@ -50,6 +51,8 @@ class Trace:
     def __init__(self, flow: Flow | None = None) -> None:
         self.runs: dict[nn.Module, tuple[int, Stack]] = {}
         self.uses: dict[nn.Parameter, tuple[int, Stack]] = {}
+        self.applied: dict[nn.Parameter, tuple[int, Stack]] = {}
+        self.graded: set[nn.Parameter] | None = None
         self.starts: list[tuple[int, nn.Module]] = []
         self.flow = flow
         self.flops: dict[nn.Module, int] | None = None if flow is None else {}
@@ -59,6 +62,7 @@ class Trace:
         self.writes: set[tuple[nn.Module, str]] = set()
         self._time = 0
         self._running: list[nn.Module] = []
+        self._with_grad: list[bool] = []  # for each of them, whether autograd looked at its start
 
     @classmethod
     def of(cls, model: nn.Module, example_inputs: ExampleInputs) -> "Trace":
@@ -81,13 +85,20 @@ class Trace:
         """Record `model` on `example_inputs`, in evaluation mode, leaving no mark on it: modes,
         buffers, random state and gradients are as before."""
         args, kwargs = call_arguments(example_inputs)
+        if getattr(model.forward, "__func__", None) is nn.Module.forward:
+            raise InvalidValue(
+                f"a {type(model).__name__} has no forward() that example_inputs could be given to; "
+                "leave example_inputs out and pass layers=, the modules in the order in which "
+                "the loss runs them"
+            )
 
         def recorded(weigh: bool) -> Trace:
             trace = cls.recorder()
             trace.rows = rows_of(args, kwargs)
             weighing = trace.weighing(model, example_inputs) if weigh else nullcontext()
             with _undisturbed(model), trace.listening(model), weighing:
-                model(*args, **kwargs)
+                output = model(*args, **kwargs)
+            trace.gave(output)
             return trace
 
         try:
@@ -117,18 +128,53 @@ class Trace:
             self._use(parameter)
         for child in module.children():
             self._define(child)
-        self._running.pop()
+        self._end()
 
     def _start(self, module: nn.Module) -> None:
         self._time += 1
         self._running.append(module)
+        self._with_grad.append(torch.is_grad_enabled())
         self.runs[module] = (self._time, tuple(self._running))
         self.starts.append((self._time, module))
+
+    def _end(self) -> None:
+        self._running.pop()
+        self._with_grad.pop()
 
     def _use(self, parameter: nn.Parameter) -> None:
         self._time += 1
         self.begin = self.begin or self._time
         self.uses[parameter] = (self._time, tuple(self._running))
+
+    def _take(self, parameter: nn.Parameter) -> None:
+        """An operation that is seen takes the parameter. What happens to it under `no_grad` (a
+        moving average is taken of it) is no use if it has another."""
+        if self.graded is None:
+            self.graded = set()
+        if all(self._with_grad[-1:]) and (torch.is_grad_enabled() or _in_function()):
+            self.graded.add(parameter)
+        elif parameter in self.graded:
+            return
+        self._use(parameter)
+
+    def gave(self, output: Any) -> None:
+        """The forward pass returned this: parameters that no backward pass from it reaches, behind
+        a `detach()` say, are not `graded`."""
+        parameters = list(self.graded or ())
+        reached = Graph({p: 1 << i for i, p in enumerate(parameters)}).behind(output)
+        if reached:  # otherwise it is no tensor, or not made for training
+            self.graded = {p for i, p in enumerate(parameters) if reached >> i & 1}
+
+    def operation(self, func: Any, args: Any, kwargs: Any, taken: list[Any], given: Any) -> None:
+        """One operation, which took and gave these values."""
+        if self.flow is None:
+            return
+        for parameter in self.flow.record(self._running, taken, given, func._schema.is_mutable):
+            before = self.applied.get(parameter)
+            if before is None or before[0] < self.uses.get(parameter, before)[0]:
+                self._time += 1
+                self.applied[parameter] = (self._time, tuple(self._running))
+        self.count(func, args, kwargs, given)
 
     def ahead(self, model: nn.Module) -> Iterator[nn.Module]:
         """Modules without parameters that ran on the raw input, before any parameter was used:
@@ -194,11 +240,13 @@ class Trace:
         """Record what runs inside the `with` block; `running`: the model runs already."""
         refuse_scripted(model)
 
-        def before(module: nn.Module, args: object) -> None:
+        def before(module: nn.Module, args: object, kwargs: object) -> None:
             self._start(module)
+            if self.flow is not None:
+                self.flow.enter(module, (args, kwargs))
 
         def after(module: nn.Module, args: object, output: object) -> None:
-            self._running.pop()
+            self._end()
 
         handles: list[RemovableHandle] = []
         # A cast weight that autocast has kept would be used unseen.
@@ -211,7 +259,9 @@ class Trace:
             for module in model.modules():
                 if running and module is model:
                     continue
-                handles.append(module.register_forward_pre_hook(before, prepend=True))
+                handles.append(
+                    module.register_forward_pre_hook(before, prepend=True, with_kwargs=True)
+                )
                 handles.append(module.register_forward_hook(after, always_call=True))
             with _UseListener(self, model):
                 yield
@@ -228,6 +278,11 @@ class _UseListener(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self, trace: Trace, model: nn.Module) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._trace, self._parameters = trace, set(model.parameters())
+        if trace.flow is not None:
+            for parameter in self._parameters:
+                trace.flow.know(parameter, parameter)
+            for buffer in model.buffers():
+                trace.flow.know_constant(buffer)
         # FSDP puts whole parameters in the place of shards while a module runs.
         self._sharded = _places(model) if sharded_modules(model) else []
 
@@ -236,21 +291,35 @@ class _UseListener(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for value in taken:
             if isinstance(value, nn.Parameter):
                 if value in self._parameters:
-                    self._trace._use(value)
+                    self._take(value, value)
                 elif self._sharded:
                     self._use_unsharded(value)
         given = func(*args, **(kwargs or {}))
-        if self._trace.flow is not None:
-            in_place = func._schema.is_mutable
-            self._trace.flow.record(self._trace._running, taken, given, in_place)
-            self._trace.count(func, args, kwargs or {}, given)
+        self._trace.operation(func, args, kwargs or {}, taken, given)
         return given
+
+    def _take(self, parameter: nn.Parameter, value: nn.Parameter) -> None:
+        """An operation takes the parameter, in the form of this value."""
+        self._trace._take(parameter)
+        if self._trace.flow is not None:  # its memory may be another by now
+            self._trace.flow.know(parameter, value)
 
     def _use_unsharded(self, value: nn.Parameter) -> None:
         for module, name, parameter in self._sharded:
             if module._parameters[name] is value:
-                self._trace._use(parameter)
+                self._take(parameter, value)
                 break
+
+
+def _in_function() -> bool:
+    """Whether the forward of an autograd function runs: inside of it autograd never looks."""
+    frame: FrameType | None = sys._getframe()
+    code = torch.autograd.Function.apply.__func__.__code__  # type: ignore[attr-defined]
+    while frame is not None:
+        if frame.f_code is code:
+            return True
+        frame = frame.f_back
+    return False
 
 
 def sharded_modules(model: nn.Module) -> list[Any]:
@@ -337,67 +406,3 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
         for module in sharded_modules(model):
             stack.callback(module.reshard)  # the root keeps whole parameters after a forward pass
         yield
-
-
-def last_uses(layers: "Sequence[Layer]", trace: Trace) -> list[int | None]:
-    """For each layer the time of the last use of any of its trained parameters."""
-    return [
-        max((trace.uses[p][0] for p in layer.parameters if p in trace.uses), default=None)
-        for layer in layers
-    ]
-
-
-def check_order(layers: "Sequence[Layer]", times: Sequence[int | None]) -> None:
-    """Raise `LayerOrderError` unless the layers' last uses come in the layers' order."""
-    used = [(time, layer) for time, layer in zip(times, layers, strict=True) if time is not None]
-    for (time, layer), (next_time, next_layer) in pairwise(used):
-        if next_time < time:
-            order = ", ".join(layer.name for _, layer in sorted(used, key=lambda pair: pair[0]))
-            raise LayerOrderError(
-                f"layer {next_layer.name!r} is listed after {layer.name!r} but runs before it, "
-                "so freezing in that order would save nothing; pass example_inputs=, or layers= "
-                f"in the order of execution: {order}"
-            )
-
-
-class OrderCheck:
-    """Checks the layers' order once, in the model's first training forward, then goes away."""
-
-    def __init__(self, model: nn.Module, layers: "Sequence[Layer]") -> None:
-        self._layers = layers
-        self._trace = Trace()
-        self._recording: ExitStack | None = None
-        copied_plainly(model)
-        self._handles = [
-            model.register_forward_pre_hook(self._before, prepend=True),
-            model.register_forward_hook(self._after, always_call=True),
-        ]
-
-    def _before(self, model: nn.Module, args: object) -> None:
-        if torch.compiler.is_compiling():  # a graph runs no hooks
-            return
-        if model.training and torch.is_grad_enabled() and self._recording is None:
-            self._recording = ExitStack()
-            self._recording.enter_context(uncompiled())
-            self._recording.enter_context(self._trace.listening(model, running=True))
-
-    def _after(self, model: nn.Module, args: object, output: object) -> None:
-        if self._recording is not None:
-            self._recording.close()
-            self.remove()
-            if output is not None:  # None after an exception, which is to be seen
-                check_order(self._layers, last_uses(self._layers, self._trace))
-                ahead = set(self._trace.ahead(model))
-                for layer in self._layers[:-1]:
-                    layer.hand_over(ahead, self._layers[-1])
-
-    @property
-    def pending(self) -> bool:
-        """Whether the forward pass to check is still to come."""
-        return bool(self._handles)
-
-    def remove(self) -> None:
-        """Stop checking."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()

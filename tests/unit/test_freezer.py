@@ -185,7 +185,8 @@ def test_copies_of_the_model_are_ordinary_and_leave_it_frozen(
 def test_layers_that_no_optimizer_trains_are_not_counted_and_freeze_with_the_next() -> None:
     model = conv_net()
     optimizer = SGD([*model[4].parameters(), *model[12].parameters()], 0.1)
-    freezer = FreezeOut(model, optimizer, 10, schedule=EARLY, example_inputs=images(0)[0])
+    with pytest.warns(UserWarning, match=r"in no optimizer .* \('0.weight', .* \('4' first\)"):
+        freezer = FreezeOut(model, optimizer, 10, schedule=EARLY, example_inputs=images(0)[0])
     assert [layer.name for layer in freezer.layers] == ["4", "12"]
     assert {*model[0].parameters(), *model[4].parameters()} <= {*freezer.layers[0].parameters}
     run(model, [optimizer], freezer, images, range(4))
@@ -341,7 +342,8 @@ def test_groups_stay_whole_while_all_layers_have_the_same_factor() -> None:
 def test_a_group_added_in_the_middle_is_trained_at_its_layers_rate() -> None:
     model = linear_net()
     optimizer = Plain(list(model.parameters())[2:], 1.0)
-    freezer = FreezeOut(model, optimizer, STEPS, example_inputs=vectors(0)[0])
+    with pytest.warns(UserWarning, match="2 parameters .* are in no optimizer"):
+        freezer = FreezeOut(model, optimizer, STEPS, example_inputs=vectors(0)[0])
     update(model, optimizer)
     extra = nn.Parameter(torch.zeros(3))  # a loss's, say: trained as the last layer is
     optimizer.add_param_group({"params": [extra], "lr": 4.0})

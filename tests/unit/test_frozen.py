@@ -274,7 +274,8 @@ def test_an_optimizer_of_what_trains_may_leave_out_what_the_plan_freezes(plan: P
     with pytest.raises(InvalidValue, match=r"Frozen\(first=5\) does not go with 5 layers"):
         FreezeOut(model, optimizer, 20, schedule=Frozen(5), example_inputs=vectors(0)[0])
     # What the plan does not freeze may be trained by something else: as ever.
-    other = FreezeOut(model, optimizer, 20, schedule=EARLY, example_inputs=vectors(0)[0])
+    with pytest.warns(UserWarning, match="6 parameters .* are in no optimizer"):
+        other = FreezeOut(model, optimizer, 20, schedule=EARLY, example_inputs=vectors(0)[0])
     assert [layer.name for layer in other.layers] == ["6", "8"]
 
 
@@ -283,7 +284,8 @@ def test_a_layer_that_the_user_froze_behind_one_that_something_else_may_train() 
     model = linear_net(4)
     model[2].requires_grad_(False)
     optimizer = SGD(model[4:].parameters(), 0.1)
-    freezer = FreezeOut(model, optimizer, 20, schedule=EARLY, example_inputs=vectors(0)[0])
+    with pytest.warns(UserWarning, match="2 parameters .* are in no optimizer"):
+        freezer = FreezeOut(model, optimizer, 20, schedule=EARLY, example_inputs=vectors(0)[0])
     assert [layer.name for layer in freezer.layers] == ["4", "6"]
     assert freezer.num_frozen == 0
     assert model[0].weight.requires_grad

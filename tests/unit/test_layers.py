@@ -406,7 +406,7 @@ def test_the_check_goes_away_after_the_first_training_forward() -> None:
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in inner)
     freezer.step()
     freezer.step()
-    assert not (model._forward_hooks or model._forward_pre_hooks)
+    assert not {**model._forward_hooks, **model._forward_pre_hooks}
 
 
 def test_the_check_sees_a_weight_used_again_as_a_function() -> None:
