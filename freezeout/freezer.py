@@ -27,7 +27,7 @@ from .layers.names import plain_parameter_names
 from .optimizers import SplitOptimizer, check_optimizers, rate_of
 from .plan import Plan, Timeline, check_plan, factors_of, given_layers_are, progress
 from .planned import held_by, plan_layers
-from .savings import BytesSaved, SecondsSaved, StepTimes, bytes_saved, seconds_saved
+from .savings import BytesSaved, SecondsSaved, StepTimes, bytes_saved, flops_saved, seconds_saved
 from .schedule import STEEP, Schedule, refuse_options
 from .trial import check_rates
 from .values import plain, whole_number
@@ -433,13 +433,19 @@ class FreezeOut:
 
     def seconds_saved(self) -> SecondsSaved | None:
         """Seconds that freezing, and a cache, have saved in the steps made in this process, against
-        training every layer; None while too little is known.
+        training every layer, from the median time between two calls of `step()` with each number of
+        frozen layers, so that pauses for evaluation do not count.
 
-        From the median time between two calls of `step()` of each kind, so that pauses for
-        evaluation do not count; and from counted FLOPs where no steps of a kind, or fewer than
-        five, have been timed.
+        None while too little was timed: there must have been five steps with all layers trained.
+        Where layers are frozen from the start there are none: see `flops_saved`.
         """
-        return seconds_saved(self.times, self.layers)
+        return seconds_saved(self.times)
+
+    def flops_saved(self) -> float | None:
+        """The share of the network's computation, in counted FLOPs, that freezing, and a cache,
+        have left out in the steps made in this process. None before there are any, or without
+        `example_inputs`."""
+        return flops_saved(self.times.counts, self.layers)
 
     def bytes_saved(self) -> BytesSaved:
         """Bytes of gradients, optimizer state and activations that the layers which are frozen now
@@ -461,14 +467,19 @@ class FreezeOut:
         `step_costs` also what was predicted (see `predicted_share`)."""
         depth = self.timeline.num_frozen(self._step)
         parts = progress(self.timeline, self._step)
-        saved = self.seconds_saved()
-        if saved is not None:
+        saved, flops = self.seconds_saved(), self.flops_saved()
+        if saved is not None and saved.seconds:
             line = f"{duration(saved.seconds)} saved ({saved.share:.0%} of the steps' time)"
-            if saved.is_predicted:
-                line += ", predicted from counted FLOPs in part"
             if self.times.since:
                 line += f", since step {self.times.since}"
             parts.append(line)
+        elif saved is not None:
+            parts.append("no time saved: steps with frozen layers took as long as the others")
+        elif depth and flops is not None and (0, False) not in self.times.counts:
+            parts.append(
+                f"{flops:.0%} of the network's FLOPs saved (of time it is not known, as no step "
+                "trained all layers)"
+            )
         elif depth:
             parts.append("time saved is not known yet")
         if step_costs is not None and (share := self.predicted_share(step_costs)) is not None:

@@ -1,9 +1,10 @@
-"""What freezing saved: seconds, from the durations of steps, and bytes.
+"""What freezing saved: seconds, from the durations of steps; computation, from counted FLOPs; and
+bytes.
 
-What is compared with is a run that trains every layer. Where such steps have been measured, the
-saving is measured; where none were, because layers are frozen from the start, or too few at some
-depth, it is predicted from the layers' counted FLOPs: a trained layer's backward pass counts twice
-its forward pass, a frozen layer runs forward only, and where a cache serves not at all.
+What is compared with is a run that trains every layer. Seconds are only told where such steps have
+been measured: FLOPs do not tell what a step takes that also reads and augments its batch. Of FLOPs,
+a trained layer's backward pass counts twice its forward pass, a frozen layer runs forward only, and
+where a cache serves not at all.
 """
 
 from collections import deque
@@ -93,14 +94,12 @@ class SecondsSaved:
     """Seconds that freezing saved.
 
     Attributes:
-        seconds: of the steps that were timed.
+        seconds: of the steps that were timed; 0 where steps with frozen layers took as long.
         share: of what these would have taken with every layer trained.
-        is_predicted: whether counted FLOPs stand in for some step that was not measured.
     """
 
     seconds: float
     share: float
-    is_predicted: bool
 
 
 @dataclass(frozen=True)
@@ -119,51 +118,35 @@ class BytesSaved:
     activations: int | None
 
 
-def relative_cost(layers: Sequence[Layer], kind: Kind) -> float | None:
-    """Counted FLOPs of one step for one item; None if they are not known."""
-    costs = [layer.cost for layer in layers]
-    if not costs or any(cost is None for cost in costs):
+def flops_saved(counts: Mapping[Kind, int], layers: Sequence[Layer]) -> float | None:
+    """The share of the FLOPs of that many steps of each kind that freezing left out; None if they
+    are not counted."""
+    costs = [layer.cost.flops for layer in layers if layer.cost is not None]
+    if not any(counts.values()) or len(costs) < len(layers) or not sum(costs):
         return None
-    forward = [cost.flops for cost in costs if cost is not None]
-    depth, served = kind
-    return 3 * sum(forward[depth:]) + (0.0 if served else sum(forward[:depth]))
+    left = sum(
+        count * (3 * sum(costs[depth:]) + (0 if served else sum(costs[:depth])))
+        for (depth, served), count in counts.items()
+    )
+    return 1 - left / (3 * sum(costs) * sum(counts.values()))
 
 
-def seconds_saved(times: StepTimes, layers: Sequence[Layer]) -> SecondsSaved | None:
-    """What freezing saved in the steps that were timed; None while too little is known, or where
-    no saving shows."""
-    if not any(kind != (0, False) for kind in times.counts):
-        return None
+def seconds_saved(times: StepTimes) -> SecondsSaved | None:
+    """What freezing saved in the steps that were timed; None while too few were: of those in which
+    all layers trained, or of all others."""
     known = {
         kind: seconds
         for kind in times.counts
         if (seconds := times.median(kind, _ENOUGH)) is not None
     }
-    cost = {kind: relative_cost(layers, kind) for kind in {(0, False), *times.counts}}
-    full, is_predicted = known.get((0, False)), False
-    if full is None:
-        measured = [kind for kind in known if cost[kind]]
-        if not measured or cost[0, False] is None:
-            return None
-        kind = max(measured, key=times.counts.__getitem__)
-        full = known[kind] * (cost[0, False] or 0.0) / (cost[kind] or 1.0)
-        is_predicted = True
+    full = known.get((0, False))
+    if full is None or len(known) < 2:
+        return None
     saved = 0.0
     for kind, count in times.counts.items():
-        seconds = known.get(kind)
-        if seconds is None:
-            share = cost[kind]
-            if share is None or not cost[0, False]:
-                # No more than with fewer layers frozen.
-                shallower = [k for k in known if k <= kind]
-                seconds = known[max(shallower)] if shallower else full
-            else:
-                seconds = full * share / (cost[0, False] or 1.0)
-                is_predicted = is_predicted or kind != (0, False)
-        saved += count * (full - seconds)
-    if saved <= 0:
-        return None
-    return SecondsSaved(saved, saved / (full * sum(times.counts.values())), is_predicted)
+        # Of a kind too rare to know: no more than with fewer layers frozen.
+        saved += count * (full - known[max(each for each in known if each <= kind)])
+    return SecondsSaved(max(saved, 0.0), max(saved, 0.0) / (full * sum(times.counts.values())))
 
 
 def bytes_saved(

@@ -908,7 +908,7 @@ def test_the_summary_is_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
     # Eight steps of 100 s, then eight of 50 s (the first includes a pause; medians leave it out).
     saved = freezer.seconds_saved()
     assert saved is not None
-    assert (saved.seconds, saved.share, saved.is_predicted) == (400, 0.25, False)
+    assert (saved.seconds, saved.share) == (400, 0.25)
     assert freezer.summary() == (
         "froze 2 of 4 layers; made 16 of 20 steps; 7 min saved (25% of the steps' time); a step "
         "takes 240 B of gradients less"
