@@ -14,7 +14,7 @@ from functools import wraps
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import StochasticWeightAveraging
+from lightning.pytorch.callbacks import BaseFinetuning, StochasticWeightAveraging
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
@@ -217,8 +217,16 @@ class FreezeOutCallback(Adapter, Callback):
 
 
 def _check_others(trainer: Trainer, pl_module: LightningModule) -> None:
-    """InvalidValue for a callback that computes norms' statistics anew."""
+    """InvalidValue for callbacks that compute norms' statistics anew, or thaw layers."""
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    thawing = [c for c in callbacks if isinstance(c, BaseFinetuning)]
+    if thawing:
+        raise InvalidValue(
+            f"{type(thawing[0]).__name__} thaws layers during the run and adds them to the "
+            "optimizer, where FreezeOutCallback drives what is there when training starts; leave "
+            "out one of the two. For layers that stay frozen, give FreezeOutCallback(Frozen(...)), "
+            "or call requires_grad_(False) on them in the module"
+        )
     averaging = [c for c in callbacks if isinstance(c, StochasticWeightAveraging)]
     if averaging and any(
         isinstance(m, nn.modules.batchnorm._BatchNorm) for m in pl_module.modules()

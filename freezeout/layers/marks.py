@@ -104,9 +104,10 @@ class Mark:
     def reset_running_stats(self) -> None:
         """Stands in for a norm's, which `update_bn` calls."""
         raise FreezeOutError(
-            f"the statistics of a frozen {type(self.module).__name__} were reset: "
-            "update_bn(), or what else computes them anew, on a model with frozen layers would "
-            "leave them at zero; call it on an averaged copy, or call FreezeOut.release() first"
+            f"the statistics of a frozen {type(self.module).__name__} were reset, or set back to "
+            "before the first batch: update_bn(), or what else computes them anew, on a model with "
+            "frozen layers would leave them so; call it on an averaged copy, or call "
+            "FreezeOut.release() first"
         )
 
     def _replace(self, name: str, value: Any) -> None:

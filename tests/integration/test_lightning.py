@@ -183,6 +183,16 @@ def test_modes_after_validation_and_the_end() -> None:
     assert all(part.training for part in module.net)
 
 
+def test_a_callback_that_thaws_is_refused_before_the_first_step() -> None:
+    """Not at its milestone, which may be hours away."""
+    from lightning.pytorch.callbacks import BackboneFinetuning
+
+    module, thawing = Classifier(), BackboneFinetuning(unfreeze_backbone_at_epoch=2)
+    module.backbone = module.net[0]
+    with pytest.raises(InvalidValue, match=r"BackboneFinetuning thaws .*Frozen\(\.\.\.\)"):
+        trainer(thawing, FreezeOutCallback()).fit(module, loader())
+
+
 def test_averaging_that_computes_statistics_anew_is_refused_by_name() -> None:
     """And one that averages a copy is not; nor is the former on a model without norms."""
     from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAveraging
