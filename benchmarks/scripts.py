@@ -113,14 +113,15 @@ def main() -> None:
         except Exception:
             error = traceback.format_exc()
     seconds = time.process_time() - start - sum(each.seconds for each in watches.values())
+    freezers = [each.found() for each in watches.values()]
     found = {
         "cpu_seconds": round(seconds, 2),
-        "freezers": [each.found() for each in watches.values()],
+        "freezers": freezers,
         "warnings": [str(each.message) for each in told if "freez" in str(each.message).lower()],
         "error": error,
     }
     Path(out).write_text(json.dumps(found, indent=1) + "\n")
-    print(error or "", *(each["summary"] for each in found["freezers"]), sep="\n")
+    print(error or "", *(each["summary"] for each in freezers), sep="\n")
 
 
 if __name__ == "__main__":

@@ -535,7 +535,7 @@ def test_noise_is_no_saving(monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = linear_net(), vectors(0)[0]
     optimizer = SGD(model.parameters(), 0.1)
     freezer = FreezeOut(model, optimizer, 40, schedule=EARLY, example_inputs=x)
-    first = freezer.freeze_steps[0]
+    first = freezer.freeze_steps[0] or 0
     clocked(monkeypatch, [1.0] * (first - 1) + [2.0, 50.0] + [2.0] * 40)
     for step in range(40):
         torch.autograd.backward(model(x).sum())
