@@ -199,9 +199,11 @@ def _traced(model: Any) -> tuple[list[Any], set[int]]:
 
     def watched(number: int, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         nonlocal reached
-        calls.append(number)
-        if parts[number] is model:
+        if parts[number] is model:  # once more where the backend tries several sizes
+            calls.clear(), behind.clear(), data.clear()
             data.update(_tensors((args, kwargs)))
+            reached = False
+        calls.append(number)
         if reached and not _tensors((args, kwargs)).keys() <= data.keys():
             behind.add(number)
         # When a model uses weights of its own is not known; of other layers, from the start.

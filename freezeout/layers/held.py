@@ -25,6 +25,7 @@ class Writes:
             (module, own, name, tensor, state_of(tensor), self._values(module, own, tensor))
             for module, own, name, tensor in places_of(modules)
             if not is_norm(module)  # in training it counts batches; a frozen one does not
+            and not hasattr(tensor, "_local_tensor")  # FSDP2 puts whole ones in its place
         ]
 
     def _values(self, module: nn.Module, own: dict[str, Any], tensor: Tensor) -> Tensor | None:

@@ -77,7 +77,12 @@ def test_learning_rates_are_the_torch_core_s(schedule: Schedule, freeze_every: i
     model = nn.Sequential(*(nn.Linear(2, 2) for _ in range(4)))
     optimizer = torch.optim.SGD(model.parameters(), lr=base)
     core = TorchFreezeOut(
-        *(model, optimizer, total), schedule=schedule, layers=[*model], freeze_every=freeze_every
+        model,
+        optimizer,
+        total,
+        schedule=schedule,
+        example_inputs=torch.zeros(1, 2),
+        freeze_every=freeze_every,
     )
     schedules = learning_rates(base, 4, total, schedule, freeze_every)
     traced = jax.jit(lambda step: [rate(step) for rate in schedules])

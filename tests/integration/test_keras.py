@@ -879,7 +879,7 @@ def with_statistics() -> Any:
     prepared = kl.Normalization(mean=0.1, variance=2.0)
     norm = kl.BatchNormalization(center=False, scale=False, name="before_too")
     layers = [prepared, norm, before(), kl.Dense(6), after(), kl.Dense(6)]
-    return keras.Sequential([kl.Input((6,)), *layers])
+    return keras.Sequential([kl.Input((6,)), *layers], name="net")
 
 
 def in_another_branch() -> Any:

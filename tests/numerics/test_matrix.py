@@ -230,7 +230,8 @@ def test_a_scaler_steps_an_optimizer_all_of_whose_layers_are_frozen(
 def test_a_group_added_to_a_frozen_optimizer_is_not_trained_on_scaled_gradients() -> None:
     model = Net()
     optimizers = [SGD(model.stem.parameters(), 0.01), SGD([*model.blocks.parameters()], 0.01)]
-    freezer = FreezeOut(model, optimizers, STEPS, schedule=EARLY, example_inputs=batch(0)[0])
+    with pytest.warns(UserWarning, match="in no optimizer .*'head.weight', 'head.bias'"):
+        freezer = FreezeOut(model, optimizers, STEPS, schedule=EARLY, example_inputs=batch(0)[0])
     freezer.load_state_dict({**freezer.state_dict(), "step": 5})
     extra = nn.Parameter(torch.zeros(2))
     optimizers[0].add_param_group({"params": [extra]})
