@@ -200,7 +200,9 @@ def _traced(model: Any) -> tuple[list[Any], set[int]]:
     def watched(number: int, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         nonlocal reached
         if parts[number] is model:  # once more where the backend tries several sizes
-            calls.clear(), behind.clear(), data.clear()
+            calls.clear()
+            behind.clear()
+            data.clear()
             data.update(_tensors((args, kwargs)))
             reached = False
         calls.append(number)
