@@ -475,13 +475,11 @@ class FreezeOut:
             parts.append(line)
         elif saved is not None:
             parts.append("no time saved: steps with frozen layers took as long as the others")
-        elif depth and flops is not None and (0, False) not in self.times.counts:
-            parts.append(
-                f"{flops:.0%} of the network's FLOPs saved (of time it is not known, as no step "
-                "trained all layers)"
-            )
         elif depth:
-            parts.append("time saved is not known yet")
+            of_flops = "" if flops is None else f"{flops:.0%} of the network's FLOPs saved; "
+            trained = (0, False) in self.times.counts
+            why = "too few steps were timed" if trained else "no step trained all layers"
+            parts.append(f"{of_flops}time saved is not known, as {why}")
         if step_costs is not None and (share := self.predicted_share(step_costs)) is not None:
             parts[-1] += f", predicted {share:.0%}"
         if depth:

@@ -8,7 +8,7 @@ where a cache serves not at all.
 """
 
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
@@ -70,22 +70,19 @@ class StepTimes:
             self.counts[depth, served] = count
             self._seconds[depth, served] = deque(seconds, maxlen=_SAMPLES)
 
-    def median(self, kind: Kind, least: int = 1) -> float | None:
-        """Seconds of such a step; None: fewer than `least` have been measured."""
+    def median(self, *kinds: Kind, least: int = 1) -> float | None:
+        """Seconds of steps of these kinds; None: fewer than `least` have been measured."""
         self._harvest()
-        seconds = self._seconds.get(kind, ())
+        seconds = [value for kind in kinds for value in self._seconds.get(kind, ())]
         return median(seconds) if len(seconds) >= least else None
 
     def by_depth(self) -> dict[int, tuple[int, float | None]]:
         """For each number of frozen layers: the steps, and the median of their seconds, served or
         not; None before there were two in a row."""
-        self._harvest()
         found: dict[int, tuple[int, float | None]] = {}
         for depth in sorted({depth for depth, _ in self.counts}):
             kinds = [kind for kind in self.counts if kind[0] == depth]
-            seconds = [value for kind in kinds for value in self._seconds.get(kind, ())]
-            count = sum(self.counts[kind] for kind in kinds)
-            found[depth] = count, median(seconds) if seconds else None
+            found[depth] = sum(self.counts[kind] for kind in kinds), self.median(*kinds)
         return found
 
 
@@ -134,19 +131,33 @@ def flops_saved(counts: Mapping[Kind, int], layers: Sequence[Layer]) -> float | 
 def seconds_saved(times: StepTimes) -> SecondsSaved | None:
     """What freezing saved in the steps that were timed; None while too few were: of those in which
     all layers trained, or of all others."""
-    known = {
-        kind: seconds
-        for kind in times.counts
-        if (seconds := times.median(kind, _ENOUGH)) is not None
-    }
-    full = known.get((0, False))
-    if full is None or len(known) < 2:
+    full = times.median((0, False), least=_ENOUGH)
+    if full is None:
         return None
-    saved = 0.0
-    for kind, count in times.counts.items():
-        # Of a kind too rare to know: no more than with fewer layers frozen.
-        saved += count * (full - known[max(each for each in known if each <= kind)])
-    return SecondsSaved(max(saved, 0.0), max(saved, 0.0) / (full * sum(times.counts.values())))
+    saved = [
+        count * (full - seconds)
+        for served in (False, True)
+        for count, seconds in _together(times, served)
+    ]
+    if not saved:
+        return None
+    seconds = max(sum(saved), 0.0)
+    return SecondsSaved(seconds, seconds / (full * sum(times.counts.values())))
+
+
+def _together(times: StepTimes, served: bool) -> Iterator[tuple[int, float]]:
+    """How many steps with frozen layers there were, and seconds of one: kinds that are too rare
+    together with those of more layers frozen, and the last ones with those of fewer."""
+    group: list[Kind] = []
+    seconds = None
+    for kind in sorted(kind for kind in times.counts if kind[1] == served and kind != (0, False)):
+        group.append(kind)
+        if (known := times.median(*group, least=_ENOUGH)) is not None:
+            seconds = known
+            yield sum(times.counts[each] for each in group), seconds
+            group = []
+    if seconds is not None:
+        yield sum(times.counts[each] for each in group), seconds
 
 
 def bytes_saved(

@@ -510,8 +510,8 @@ def test_of_a_static_prefix_the_flops_are_told_and_no_seconds() -> None:
     assert (kept.gradients, kept.optimizer_state) == (200, 200)
     assert kept.activations == 5 * 4 * 8
     assert freezer.summary() == (
-        "froze 2 of 4 layers, 2 of them from the start; 33% of the network's FLOPs saved (of time "
-        "it is not known, as no step trained all layers); a step takes 200 B of gradients, 200 B "
+        "froze 2 of 4 layers, 2 of them from the start; 33% of the network's FLOPs saved; time saved "
+        "is not known, as no step trained all layers; a step takes 200 B of gradients, 200 B "
         "of optimizer state and 160 B of activations less"
     )
 
@@ -543,8 +543,25 @@ def test_noise_is_no_saving(monkeypatch: pytest.MonkeyPatch) -> None:
         freezer.step()
         if step == first + 2:  # three steps at depth 1 are too few
             assert freezer.seconds_saved() is None
-            assert "time saved is not known yet" in freezer.summary()
+            assert "time saved is not known, as too few steps were timed" in freezer.summary()
     saved = freezer.seconds_saved()
     assert saved is not None
     assert (saved.seconds, saved.share) == (0, 0)
     assert "no time saved: steps with frozen layers took as long" in freezer.summary()
+
+
+def test_depths_of_few_steps_are_timed_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three steps at each of two depths are six durations together."""
+    model, x = linear_net(), vectors(0)[0]
+    optimizer = SGD(model.parameters(), 0.1)
+    plan = Schedule(times=(0.5, 0.65, 0.8, 1.0))
+    freezer = FreezeOut(model, optimizer, 20, schedule=plan, example_inputs=x)
+    clocked(monkeypatch, [4.0] * 9 + [3.0] * 3 + [2.0] * 3 + [1.0] * 4)
+    for _ in range(20):
+        torch.autograd.backward(model(x).sum())
+        optimizer.step()
+        freezer.step()
+    saved = freezer.seconds_saved()
+    assert saved is not None
+    # Ten steps of 4 s; six whose median is 2.5 s; and the last four, too few, are held for such.
+    assert (saved.seconds, saved.share) == (10 * 1.5, 15 / 80)
