@@ -510,9 +510,9 @@ def test_of_a_static_prefix_the_flops_are_told_and_no_seconds() -> None:
     assert (kept.gradients, kept.optimizer_state) == (200, 200)
     assert kept.activations == 5 * 4 * 8
     assert freezer.summary() == (
-        "froze 2 of 4 layers, 2 of them from the start; 33% of the network's FLOPs saved; time saved "
-        "is not known, as no step trained all layers; a step takes 200 B of gradients, 200 B "
-        "of optimizer state and 160 B of activations less"
+        "froze 2 of 4 layers, 2 of them from the start; 33% of the network's FLOPs saved; "
+        "time saved is not known, as no step trained all layers; a step takes 200 B of gradients, "
+        "200 B of optimizer state and 160 B of activations less"
     )
 
 
