@@ -110,6 +110,8 @@ def main() -> None:
         warnings.simplefilter("default")
         try:
             runpy.run_path(script, run_name="__main__")
+        except SystemExit as end:
+            error = "" if end.code in (None, 0) else f"exit status {end.code}"
         except Exception:
             error = traceback.format_exc()
     seconds = time.process_time() - start - sum(each.seconds for each in watches.values())
