@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
-from types import FrameType
+from types import CodeType, FrameType
 from typing import Any
 
 import torch
@@ -313,13 +313,21 @@ class _UseListener(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 def _in_function() -> bool:
     """Whether the forward of an autograd function runs: inside of it autograd never looks."""
+    codes = set(_forward_codes(torch.autograd.Function))
     frame: FrameType | None = sys._getframe()
-    code = torch.autograd.Function.apply.__func__.__code__  # type: ignore[attr-defined]
     while frame is not None:
-        if frame.f_code is code:
+        if frame.f_code in codes:
             return True
         frame = frame.f_back
     return False
+
+
+def _forward_codes(function: Any) -> Iterator[CodeType]:
+    for kind in function.__subclasses__():
+        code = getattr(getattr(kind, "forward", None), "__code__", None)
+        if code is not None:
+            yield code
+        yield from _forward_codes(kind)
 
 
 def sharded_modules(model: nn.Module) -> list[Any]:

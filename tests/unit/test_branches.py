@@ -455,3 +455,29 @@ def test_what_a_part_computes_once_for_several_blocks_is_in_front_of_the_first()
 
     names = [layer.name for layer in find_layers(Biased(), X)]
     assert names == ["stem", "bias", "blocks.0", "blocks.1", "head"]
+
+
+class Product(torch.autograd.Function):
+    """A linear map with a backward pass of its own. Autograd is off while its forward runs."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return x @ weight.T
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        x, weight = ctx.saved_tensors
+        return grads[0] @ weight, grads[0].T @ x
+
+
+class OwnLinear(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        product: Tensor = Product.apply(x, self.weight)  # type: ignore[no-untyped-call]
+        return product
+
+
+def test_weights_that_an_autograd_function_takes_are_trained() -> None:
+    """A teacher's are taken without gradients, too."""
+    model = nn.Sequential(nn.Linear(4, 4), *(OwnLinear(4, 4, bias=False) for _ in range(2)))
+    assert [layer.name for layer in find_layers(model, torch.randn(2, 4))] == ["0", "1", "2"]
