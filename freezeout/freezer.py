@@ -295,6 +295,7 @@ class FreezeOut:
             self._watch_updates(self._watch)
         if self._engaged.to_verify:
             self._engaged.verify()
+        self._gradients.stepped()
         if any(map(_requires_grad, self._frozen_parameters)):
             self._hold()
         if self.timeline.is_over(self._step):
