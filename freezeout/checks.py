@@ -238,19 +238,26 @@ class EngagedCheck:
         self._handles.clear()
 
     def _note_writers(self, writes: Writes) -> None:
-        """Modules that write their own tensors get copies to write to once they are frozen. One
-        that is frozen, and was not known to, has moved."""
+        """Modules that write their own tensors get copies to write to once they are frozen. What
+        is written in one that is frozen was not known, or is written from outside of it."""
         layer_of = {module: layer for layer in self._layers for module in layer.modules}
         for module, name in writes.names():
             layer = layer_of.get(module)
             if layer is not None and layer.is_frozen and name in module._parameters:
                 raise FreezeOutError(
                     f"a forward pass writes parameter {name!r} of a {type(module).__name__} in "
-                    f"layer {layer.name!r}, which is frozen and would not stand still: build "
-                    "FreezeOut with example_inputs, or write it outside of forward(), after "
-                    "optimizer.step()"
+                    f"layer {layer.name!r}, which is frozen and would not stand still: write it "
+                    "outside of forward(), after optimizer.step(); or, if the module's own "
+                    "forward() does it, build FreezeOut with example_inputs"
                 )
-            if layer is not None:
+            if layer is not None and layer.is_frozen:
+                self._find(
+                    "writes",
+                    f"the model's forward pass goes on writing buffer {name!r} of a "
+                    f"{type(module).__name__} in frozen layer {layer.name!r}, from outside of "
+                    "that module's forward(), or where torch.compile has compiled it",
+                )
+            elif layer is not None:
                 layer.writes.add((module, name))
 
     def _find(self, kind: str, message: str) -> None:
