@@ -507,9 +507,10 @@ def _side_by_side(groups: list[list[nn.Module]], units: _Units) -> list[list[nn.
         return groups
     behind = [[j for j in range(max(i + 1, first), count) if related(i, j)] for i in range(count)]
     for j in range(first, count):
-        # A branch of one layer where branches meet, a decoder's embedding say, is a layer of its
-        # own, behind what runs before it.
-        if behind[j] and not any(j in behind[i] for i in range(j)):
+        # An embedding where branches meet, a decoder's, is a layer of its own, behind what runs
+        # before it.
+        is_embedding = all(isinstance(innermost(unit), nn.Embedding) for unit in weights[j])
+        if is_embedding and behind[j] and not any(j in behind[i] for i in range(j)):
             meeting = behind[j][0]
             others = [i for i in range(meeting) if i != j and meeting in behind[i]]
             if any(i not in behind[j] for i in others):

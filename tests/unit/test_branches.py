@@ -126,6 +126,28 @@ def test_towers_freeze_side_by_side_counted_from_the_end(image: int, text: int) 
             assert drop in own.modules
 
 
+def test_a_tower_of_one_layer_freezes_beside_the_last_of_the_other() -> None:
+    class Fused(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.user = nn.ModuleList(nn.Linear(6, 6) for _ in range(3))
+            self.item, self.top = nn.Linear(6, 6), nn.Linear(12, 1)
+
+        def forward(self, a: Tensor, b: Tensor) -> Tensor:
+            for each in self.user:
+                a = each(a).relu()
+            return self.top(torch.cat([a, self.item(b)], 1))  # type: ignore[no-any-return]
+
+    model = Fused()
+    found = weights(model, find_layers(model, (X, X)))
+    assert [set(layer) for layer in found] == [
+        {"user.0.weight"},
+        {"user.1.weight"},
+        {"user.2.weight", "item.weight"},
+        {"top.weight"},
+    ]
+
+
 def test_a_decoders_embedding_is_a_layer_behind_the_encoder() -> None:
     class Translator(nn.Module):
         def __init__(self) -> None:
@@ -386,7 +408,8 @@ def test_weights_that_are_handed_to_blocks_anew_are_theirs() -> None:
                 x = functional_call(each, weights, (x,)).relu()
             return self.head(x)  # type: ignore[no-any-return]
 
-    found = weights(model := Masked(), find_layers(model, X))
+    model = Masked()
+    found = weights(model, find_layers(model, X))
     assert found == [
         *([f"blocks.{i}.{part}.weight"] for i in (2, 1, 0) for part in (0, 2)),
         ["head.weight"],
@@ -407,7 +430,8 @@ def test_codes_go_with_the_part_that_makes_weights_of_them() -> None:
                 x = linear(x, self.maker(code).view(6, 6)).relu()
             return self.head(x)  # type: ignore[no-any-return]
 
-    found = weights(model := Hyper(), find_layers(model, X))
+    model = Hyper()
+    found = weights(model, find_layers(model, X))
     assert found == [["codes", "maker.weight"], ["head.weight"]]
 
 
