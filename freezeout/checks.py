@@ -53,6 +53,7 @@ class EngagedCheck:
         self._told: set[str] = set()
         self._steps_left = _BEGINNING
         self._is_called = False  # the model itself, in training; not where a method gives the loss
+        self._graphs = _graphs()
         # Of frozen norms: layer, batches counted, and how many they were; None: not yet known.
         self._counters: list[tuple[str, Tensor, Tensor]] | None = None
         self._versions: list[int] = []  # of frozen parameters: what writes to them raises these
@@ -124,7 +125,8 @@ class EngagedCheck:
             self._leave()
             if not self._steps_left:
                 self._take_away()
-            elif not self._is_called:  # parts of it may be, in the next step
+            elif not self._is_called and _graphs() == self._graphs:
+                # Nor did torch.compile make a graph of it: look at its parts in the next step.
                 self._active = True
                 self._inside += self._look_inside(self._model)
                 for module in self._owners:
@@ -317,6 +319,12 @@ def _compiled(model: nn.Module) -> Iterator[nn.Module]:
             yield from _compiled(module)
     if model._compiled_call_impl is not None:
         yield from model.modules()
+
+
+def _graphs() -> int:
+    """How many graphs torch.compile has made."""
+    dynamo: Any = sys.modules.get("torch._dynamo")
+    return 0 if dynamo is None else int(dynamo.utils.counters["stats"]["unique_graphs"])
 
 
 def _in_reentrant_checkpoint(frame: FrameType | None) -> bool:
