@@ -19,8 +19,9 @@ from .errors import CheckpointError, FreezeOutError, InvalidValue
 from .layers import Layer
 from .layers.held import Writes
 from .layers.layer import leaves_of, nodes_of
-from .layers.marks import copied_plainly
+from .layers.marks import copied_plainly, unhooked
 from .layers.names import without_wrappers
+from .layers.scratch import has_no_values
 from .layers.trace import rows_of
 from .plan import Timeline
 
@@ -51,11 +52,15 @@ class EngagedCheck:
         self._found: dict[str, str] = {}  # what is wrong with it: kind, message
         self._told: set[str] = set()
         self._steps_left = _BEGINNING
+        self._is_called = False  # the model itself, in training; not where a method gives the loss
+        self._graphs = _graphs()
         # Of frozen norms: layer, batches counted, and how many they were; None: not yet known.
         self._counters: list[tuple[str, Tensor, Tensor]] | None = None
         self._versions: list[int] = []  # of frozen parameters: what writes to them raises these
         self.to_verify = False
         self.rows = 0  # items in the batch of the last forward pass that was looked at
+        for layer in layers:
+            layer.tell_passes = self._tell_passes
 
     def arm(self, loaded: bool = False) -> None:
         """Look at the next training forward pass, and at frozen norms over the next update; or,
@@ -85,6 +90,8 @@ class EngagedCheck:
                     yield module.register_forward_pre_hook(self._enter_trained)
 
     def _tell_passes(self) -> None:
+        for layer in self._layers:
+            layer.tell_passes = None
         if "passes" not in self._told:
             self._told.add("passes")
             warnings.warn(
@@ -98,12 +105,16 @@ class EngagedCheck:
         self._leave()
         self._take_away()
         self._counters, self.to_verify = None, False
+        for layer in self._layers:
+            layer.tell_passes = None
 
     def _leave(self) -> None:
         """Take the hooks of one forward pass away."""
         for handle in self._inside:
             handle.remove()
         self._inside.clear()
+        for module in self._owners:
+            unhooked(module)
         self._owners.clear()
         self._active = False
 
@@ -111,8 +122,15 @@ class EngagedCheck:
         """After the update that follows a freeze: no frozen norm has counted a batch."""
         if self._steps_left:
             self._steps_left -= 1
+            self._leave()
             if not self._steps_left:
                 self._take_away()
+            elif not self._is_called and _graphs() == self._graphs:
+                # Nor did torch.compile make a graph of it: look at its parts in the next step.
+                self._active = True
+                self._inside += self._look_inside(self._model)
+                for module in self._owners:
+                    copied_plainly(module)
         if self._counters is None:
             self._counters = self._count()
             return
@@ -160,6 +178,7 @@ class EngagedCheck:
         self._leave()
         self._active = model.training and torch.is_grad_enabled()
         if self._active:
+            self._is_called = True
             self.rows = rows_of(args, kwargs or {}) or self.rows
             own = set(model.parameters())
             if any(leaf not in own for leaf in leaves_of(tree_leaves((args, kwargs)))):
@@ -221,19 +240,26 @@ class EngagedCheck:
         self._handles.clear()
 
     def _note_writers(self, writes: Writes) -> None:
-        """Modules that write their own tensors get copies to write to once they are frozen. One
-        that is frozen, and was not known to, has moved."""
+        """Modules that write their own tensors get copies to write to once they are frozen. What
+        is written in one that is frozen was not known, or is written from outside of it."""
         layer_of = {module: layer for layer in self._layers for module in layer.modules}
         for module, name in writes.names():
             layer = layer_of.get(module)
             if layer is not None and layer.is_frozen and name in module._parameters:
                 raise FreezeOutError(
                     f"a forward pass writes parameter {name!r} of a {type(module).__name__} in "
-                    f"layer {layer.name!r}, which is frozen and would not stand still: build "
-                    "FreezeOut with example_inputs, or write it outside of forward(), after "
-                    "optimizer.step()"
+                    f"layer {layer.name!r}, which is frozen and would not stand still: write it "
+                    "outside of forward(), after optimizer.step(); or, if the module's own "
+                    "forward() does it, build FreezeOut with example_inputs"
                 )
-            if layer is not None:
+            if layer is not None and layer.is_frozen:
+                self._find(
+                    "writes",
+                    f"the model's forward pass goes on writing buffer {name!r} of a "
+                    f"{type(module).__name__} in frozen layer {layer.name!r}, from outside of "
+                    "that module's forward(), or where torch.compile has compiled it",
+                )
+            elif layer is not None:
                 layer.writes.add((module, name))
 
     def _find(self, kind: str, message: str) -> None:
@@ -293,6 +319,12 @@ def _compiled(model: nn.Module) -> Iterator[nn.Module]:
             yield from _compiled(module)
     if model._compiled_call_impl is not None:
         yield from model.modules()
+
+
+def _graphs() -> int:
+    """How many graphs torch.compile has made."""
+    dynamo: Any = sys.modules.get("torch._dynamo")
+    return 0 if dynamo is None else int(dynamo.utils.counters["stats"]["unique_graphs"])
 
 
 def _in_reentrant_checkpoint(frame: FrameType | None) -> bool:
@@ -394,37 +426,53 @@ def _first_difference(theirs: list[str], mine: list[str]) -> str:
 
 
 class GradientWatch:
-    """Sees in the first update which layers the loss gives a gradient.
+    """Sees which layers the loss gives a gradient.
 
     The last layer never freezes, so that something trains to the end. If the loss does not use it
     (a pooler, under a mean over tokens), all that the loss does use would freeze in time, and
-    torch would find nothing to differentiate.
+    torch would find nothing to differentiate. Of the first update this is an error; of later ones,
+    as a loss may be off in some batches, a warning, once.
     """
 
     def __init__(
         self, layers: Sequence[Layer], optimizers: Iterable[Optimizer], timeline: Timeline
     ) -> None:
         self._layers, self._timeline = layers, timeline
-        self._reached: set[int] = set()
+        self._now = self._first = -1  # the last layer with a gradient: since step(), and at first
+        self._is_told = False
         # After the step, since a closure computes gradients in it.
-        self._handles = {
-            each: each.register_step_post_hook(self._after)
-            for each in optimizers
-            if hasattr(each, "_optimizer_step_post_hooks")  # not a wrapper that was never set up
-        }
+        watched = [e for e in optimizers if hasattr(e, "_optimizer_step_post_hooks")]
+        self._waiting = set(watched)  # their first update is to come
+        self._handles = [each.register_step_post_hook(self._after) for each in watched]
 
     def _after(self, optimizer: Optimizer, args: object, kwargs: object) -> None:
-        """Each optimizer's first update: by another's, gradients may be gone."""
-        if not any(p.grad is not None for g in optimizer.param_groups for p in g["params"]):
+        """Each optimizer's updates: by another's, gradients may be gone."""
+        is_first = optimizer in self._waiting
+        used = _is_used if is_first else _has_gradient
+        reached = len(self._layers) - 1
+        while reached >= 0 and not any(map(used, self._layers[reached].parameters)):
+            reached -= 1
+        self._now = max(self._now, reached)
+        if is_first and any(_has_gradient(p) for g in optimizer.param_groups for p in g["params"]):
+            self._first = max(self._first, reached)
+            self._waiting.discard(optimizer)
+            if not self._waiting and self._first >= 0:
+                self._check(self._first)
+
+    def stepped(self) -> None:
+        """A step was made: warn if its loss used nothing that trains to the end."""
+        last, self._now = self._now, -1
+        if self._is_told or not 0 <= last < len(self._layers) - 1:
             return
-        self._reached |= {
-            i
-            for i, layer in enumerate(self._layers)
-            if any(p.grad is not None for p in layer.parameters)
-        }
-        self._handles.pop(optimizer).remove()
-        if not self._handles and self._reached:
-            self._check(max(self._reached))
+        if last < max(self._timeline.depths):
+            self._is_told = True
+            warnings.warn(
+                f"in this update the loss used nothing behind layer {self._layers[last].name!r}, "
+                f"which is frozen from step {self._timeline.freeze_steps[last]} on: from then on "
+                "nothing is left to train for such a loss, and its backward() fails. Leave such "
+                "batches out, or give layers= with that layer and the last one as one",
+                stacklevel=3,
+            )
 
     def _check(self, last: int) -> None:
         """FreezeOutError if the last layer that the loss uses is to be frozen."""
@@ -432,19 +480,31 @@ class GradientWatch:
             return
         unused = [repr(layer.name) for layer in self._layers[last + 1 :]]
         raise FreezeOutError(
-            f"the loss does not use {' and '.join(unused)}: no gradient came there in the first "
-            f"update. Layer {self._layers[last].name!r}, the last one that the loss does use, "
-            f"would be frozen from step {self._timeline.freeze_steps[last]} on, and nothing would "
-            "be left to train. Call requires_grad_(False) on what the loss does not use before "
-            "you build the optimizer and FreezeOut; or, if a loss on it comes later, give layers= "
-            "with it and an earlier layer as one"
+            f"the loss does not use {' and '.join(unused)}: no gradient, or one of zeros, came "
+            f"there in the first update. Layer {self._layers[last].name!r}, the last one that the "
+            f"loss does use, would be frozen from step {self._timeline.freeze_steps[last]} on, and "
+            "nothing would be left to train. Call requires_grad_(False) on what the loss does not "
+            "use before you build the optimizer and FreezeOut; or, if a loss on it comes later, "
+            "give layers= with it and an earlier layer as one"
         )
 
     def remove(self) -> None:
         """Stop looking."""
-        for handle in self._handles.values():
+        for handle in self._handles:
             handle.remove()
         self._handles.clear()
+
+
+def _has_gradient(parameter: Tensor) -> bool:
+    return parameter.grad is not None
+
+
+def _is_used(parameter: Tensor) -> bool:
+    """Whether it has a gradient, of more than zeros: of a loss with weight 0."""
+    grad = parameter.grad
+    if grad is None or has_no_values(grad) or hasattr(grad, "_local_tensor"):
+        return grad is not None
+    return bool((grad._values() if grad.is_sparse else grad).any())
 
 
 def hooked(parameters: Mapping[nn.Parameter, str]) -> tuple[str, str] | None:

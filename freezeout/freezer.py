@@ -172,6 +172,8 @@ class FreezeOut:
         _DRIVING.add(self)
         if planned.given:
             _tell_given(self.layers[: planned.given])
+        if not any(self.timeline.depths):
+            self._tell_idle()
 
     def _check_factors(self, base_rate: float) -> None:
         if not self.anneal:
@@ -205,6 +207,20 @@ class FreezeOut:
                 "optimizers, as a list, or call requires_grad_(False) on what does not train",
                 stacklevel=3,
             )
+
+    def _tell_idle(self) -> None:
+        """Say why no layer will ever be frozen, unless the plan itself wants that."""
+        count, end = len(self.layers), self.total_steps
+        if count == 1:
+            why = (
+                f"all of the model is one layer ({self.layers[0].name!r}), and the last one never "
+            )
+            why += "freezes; pass layers=, a list of the modules that are to freeze one by one"
+        elif any(self._plan.timeline(count, end, 1).depths):
+            why = f"freeze_every={self.freeze_every} leaves no step for it in a run of {end}"
+        else:
+            return
+        warnings.warn(f"no layer will be frozen, and nothing saved: {why}", stacklevel=3)
 
     def _rates_planned(self) -> tuple[bool, bool]:
         """Whether the plan gives a layer that trains another rate than its group's, and whether it
@@ -295,6 +311,7 @@ class FreezeOut:
             self._watch_updates(self._watch)
         if self._engaged.to_verify:
             self._engaged.verify()
+        self._gradients.stepped()
         if any(map(_requires_grad, self._frozen_parameters)):
             self._hold()
         if self.timeline.is_over(self._step):

@@ -294,19 +294,21 @@ class _Units:
         return next((module for module in reversed(stack) if module in self._set), None)
 
     def time(self, parameter: nn.Parameter) -> int:
-        """Of its last use: if its unit never runs itself, of that on data."""
-        unit = self._user(parameter)
-        if unit is not None and unit not in self._trace.runs and parameter in self._trace.applied:
+        """Of its last use: if its unit does not run then, of that on data."""
+        time, stack = self._trace.uses[parameter]
+        if parameter in self._trace.applied and self._user(parameter) is not self.inside(stack):
             return self._trace.applied[parameter][0]
-        return self._trace.uses[parameter][0]
+        return time
 
     def _user(self, parameter: nn.Parameter) -> nn.Module | None:
         """The unit that uses it last; None: it is used between units."""
         unit = self.inside(self._trace.uses[parameter][1])
         home, applied = self._home.get(parameter), self._trace.applied.get(parameter)
-        if unit is None and home not in self._trace.runs and applied is not None:
-            # Its unit's forward is written out by what contains it, F.linear(x, unit.weight) say.
-            unit = home if self.inside(applied[1]) is None else None
+        if unit is None and home is not None and applied is not None:
+            # Its unit's forward is written out by what contains it, F.linear(x, unit.weight) say;
+            # or what is made of its weights is handed to it, by functional_call() say.
+            runs = home in self._trace.runs
+            unit = home if self.inside(applied[1]) is (home if runs else None) else None
         return unit
 
     def _next(self, parameter: nn.Parameter) -> nn.Module:
@@ -420,8 +422,25 @@ class _Units:
         return all(p.ndim <= 1 or p in kernels for p in self.parameters[unit])
 
     def in_order(self) -> list[nn.Module]:
-        """Units that have parameters, by the last use of any of them."""
-        return sorted(self.times, key=self.times.__getitem__)
+        """Units that have parameters, by the last use of any of them; but what feeds others, and is
+        not fed by them, comes before these, even if it runs again later: an encoder that several
+        heads have in common, each of which runs right after it."""
+        waiting = sorted(self.times, key=self.times.__getitem__)
+        if self._flow is None:
+            return waiting
+        made = {m: self._flow.made(self.nodes(m)) for m in waiting}
+        taken = {m: self._flow.taken(self.nodes(m)) for m in waiting}
+        before = {
+            unit: {m for m in waiting if made[m] & taken[unit] and not made[unit] & taken[m]}
+            for unit in waiting
+            if made[unit]
+        }
+        ordered: list[nn.Module] = []
+        while waiting:
+            ready = (m for m in waiting if before.get(m, set()).isdisjoint(waiting))
+            ordered.append(next(ready, waiting[0]))
+            waiting.remove(ordered[-1])
+        return ordered
 
 
 def _grouped(ordered: list[nn.Module], units: _Units) -> list[list[nn.Module]]:
@@ -488,9 +507,10 @@ def _side_by_side(groups: list[list[nn.Module]], units: _Units) -> list[list[nn.
         return groups
     behind = [[j for j in range(max(i + 1, first), count) if related(i, j)] for i in range(count)]
     for j in range(first, count):
-        # A branch of one layer where branches meet, a decoder's embedding say, is a layer of its
-        # own, behind what runs before it.
-        if behind[j] and not any(j in behind[i] for i in range(j)):
+        # An embedding where branches meet, a decoder's, is a layer of its own, behind what runs
+        # before it.
+        is_embedding = all(isinstance(innermost(unit), nn.Embedding) for unit in weights[j])
+        if is_embedding and behind[j] and not any(j in behind[i] for i in range(j)):
             meeting = behind[j][0]
             others = [i for i in range(meeting) if i != j and meeting in behind[i]]
             if any(i not in behind[j] for i in others):

@@ -41,10 +41,14 @@ class Flow:
             self._plain.setdefault(memory, frozenset())
 
     def enter(self, module: nn.Module, values: Any) -> None:
-        """The module starts to run, on these values: it may hand them back as they are."""
+        """The module starts to run, on these values: it may hand them back as they are. They may
+        be parameters, or made of them alone: codes that it makes weights of, say."""
         for value in tree_leaves(values):
             for memory in memory_of(value):
-                self._taken[module] = self._taken.get(module, 0) | self._made_by.get(memory, 0)
+                made = self._made_by.get(memory, 0)
+                for parameter in self._plain.get(memory, ()):
+                    made |= self._bit.setdefault(parameter, 1 << len(self._bit))
+                self._taken[module] = self._taken.get(module, 0) | made
 
     def record(
         self, running: Sequence[nn.Module], taken: Iterable[Any], given: Any, in_place: bool

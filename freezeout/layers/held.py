@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..versions import numbered_alike
-from .marks import Mark, copied_plainly, is_norm, mark_of, unhooked
+from .marks import Mark, copied_plainly, is_norm, is_plain_norm, mark_of, unhooked
 from .scratch import equal, has_no_values, places_of, state_of
 
 _OBSERVES = "observer_enabled"  # the buffer of torch.ao's that switches an observer
@@ -24,7 +24,8 @@ class Writes:
         self._seen = [
             (module, own, name, tensor, state_of(tensor), self._values(module, own, tensor))
             for module, own, name, tensor in places_of(modules)
-            if not is_norm(module)  # in training it counts batches; a frozen one does not
+            if not is_plain_norm(module)
+            and not (is_norm(module) and module.training)  # in which it counts batches
             and not hasattr(tensor, "_local_tensor")  # FSDP2 puts whole ones in its place
         ]
 
@@ -52,7 +53,8 @@ class Held:
     themselves never move.
 
     Which these are is looked for in the first forward pass, in which all buffers, but for those of
-    norms, are copies. Where there are none, the hooks are gone after that, if they were ever there.
+    torch's norms, are copies. Where there are none, the hooks are gone after that, if they were
+    ever there.
 
     Args:
         modules: those of the layer; what else the module contains is left alone.
@@ -74,7 +76,7 @@ class Held:
         self._places = [
             (owner, own, name)
             for owner, own, name, _ in places
-            if (owner, name) in self._known or (own is owner._buffers and not is_norm(owner))
+            if (owner, name) in self._known or (own is owner._buffers and not is_plain_norm(owner))
         ]
         self._is_looking = True
         self._swapped: list[tuple[nn.Module, dict[str, Any], str, Tensor, Tensor]] = []

@@ -1,7 +1,7 @@
 """`Layer`: modules and parameters that freeze together, and what freezing does to them."""
 
 import warnings
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -69,6 +69,7 @@ class Layer:
         # Of calls that a gradient passes through: trained parameters that get none of it.
         self._spared: list[tuple[nn.Module, list[nn.Parameter]]] = []
         self._guarded: set[nn.Module] = set()  # they get them back after an exception, too
+        self.tell_passes: Callable[[], None] | None = None  # called when a gradient passes
         self.is_frozen = False
         self.freezes = 0
 
@@ -150,6 +151,8 @@ class Layer:
         if not _need_gradients(args) and not _need_gradients(kwargs.values()):
             return None
         if self.passes(args, kwargs):
+            if self.tell_passes is not None and (self._within is None or self._within.training):
+                self.tell_passes()
             spared = [p for p in module.parameters() if p.requires_grad]
             self._spared.append((module, spared))
             for parameter in spared:
@@ -212,8 +215,7 @@ class Layer:
         require none now, and have none."""
         undone = [p for p in self.parameters if p.requires_grad] if self.is_frozen else []
         for parameter in undone:
-            parameter.requires_grad_(False)
-            parameter.grad = None
+            stopped(parameter)  # it trains when the layer thaws
         return undone
 
 

@@ -122,6 +122,11 @@ def is_norm(module: nn.Module) -> bool:
     return hasattr(module, "running_mean") and hasattr(module, "num_batches_tracked")
 
 
+def is_plain_norm(module: nn.Module) -> bool:
+    """Whether it is a norm that computes as torch's do: it writes nothing in evaluation mode."""
+    return is_norm(module) and type(module).forward.__module__.startswith("torch.nn.modules.")
+
+
 def mark_of(module: nn.Module) -> Mark | None:
     """The mark that a frozen module carries."""
     mark = getattr(vars(module).get("train"), "__self__", None)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..errors import LayerOrderError
 from .flow import Graph
 from .layer import Layer
-from .marks import copied_as_ever, copied_plainly, mark_of
+from .marks import copied_plainly, unhooked
 from .scratch import uncompiled
 from .trace import Trace
 
@@ -21,7 +21,7 @@ Related = Callable[[int, int], bool | None]  # whether a layer feeds another; No
 
 def check_order(layers: Sequence[Layer], trace: Trace) -> None:
     """Raise `LayerOrderError` unless the layers' last uses come in the layers' order, as far as one
-    feeds another."""
+    feeds another; and if a layer feeds one that is listed before it, but is not fed by it."""
     times = [
         max((trace.uses[p][0] for p in layer.parameters if p in trace.uses), default=None)
         for layer in layers
@@ -30,7 +30,8 @@ def check_order(layers: Sequence[Layer], trace: Trace) -> None:
     used = [(i, time) for i, time in enumerate(times) if time is not None]
     for number, (i, time) in enumerate(used):
         for j, earlier in used[:number]:
-            if time < earlier and feeds(i, j) is not False:
+            one_way = feeds(i, j) and feeds(j, i) is False
+            if one_way or (time < earlier and feeds(i, j) is not False):
                 raise _out_of_order(layers, j, i, [k for k, _ in sorted(used, key=lambda u: u[1])])
 
 
@@ -190,8 +191,7 @@ class OrderCheck:
             handle.remove()
         self._handles.clear()
         for module in self._number:
-            if mark_of(module) is None:
-                copied_as_ever(module)
+            unhooked(module)
         self._number.clear()
         self._graph.forget()
 

@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn.functional import linear
 from torch.optim import SGD, SparseAdam
 
-from freezeout import FreezeOut, Frozen, Layer, find_layers
+from freezeout import FreezeOut, Frozen, Layer, Schedule, find_layers
 from freezeout.errors import InvalidValue, LayerOrderError
 
 X = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
@@ -125,6 +126,28 @@ def test_towers_freeze_side_by_side_counted_from_the_end(image: int, text: int) 
             assert drop in own.modules
 
 
+def test_a_tower_of_one_layer_freezes_beside_the_last_of_the_other() -> None:
+    class Fused(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.user = nn.ModuleList(nn.Linear(6, 6) for _ in range(3))
+            self.item, self.top = nn.Linear(6, 6), nn.Linear(12, 1)
+
+        def forward(self, a: Tensor, b: Tensor) -> Tensor:
+            for each in self.user:
+                a = each(a).relu()
+            return self.top(torch.cat([a, self.item(b)], 1))  # type: ignore[no-any-return]
+
+    model = Fused()
+    found = weights(model, find_layers(model, (X, X)))
+    assert [set(layer) for layer in found] == [
+        {"user.0.weight"},
+        {"user.1.weight"},
+        {"user.2.weight", "item.weight"},
+        {"top.weight"},
+    ]
+
+
 def test_a_decoders_embedding_is_a_layer_behind_the_encoder() -> None:
     class Translator(nn.Module):
         def __init__(self) -> None:
@@ -157,6 +180,55 @@ def test_without_example_inputs_branches_are_named() -> None:
     built(model, None)
     with pytest.warns(UserWarning, match=r"'main.2' and 'aux.0' do not feed each other.*layers="):
         model(X)
+
+
+class Twins(nn.Module):
+    """An encoder that runs for each of two inputs; behind each run a head of its own."""
+
+    def __init__(self, order: str) -> None:
+        super().__init__()
+        parts = {"encoder": block(), "one": block(), "two": nn.Linear(6, 6)}
+        for name in order.split():
+            self.add_module(name, parts[name])
+
+    def forward(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        encoder, one, two = map(self.get_submodule, ("encoder", "one", "two"))
+        first = one(encoder(a))
+        return first, two(encoder(b))
+
+
+def test_what_a_shared_encoder_feeds_is_behind_it_though_the_encoder_runs_again_later() -> None:
+    torch.manual_seed(0)
+    model = Twins("encoder one two")
+    freezer = built(model, (X, X), schedule=Schedule(0.2, scale_lr=False))
+    assert weights(model, freezer.layers) == [
+        ["encoder.0.weight"],
+        ["encoder.2.weight"],
+        ["one.0.weight"],
+        ["one.2.weight", "two.weight"],
+    ]
+    plain = copy.deepcopy(model)
+    for step in range(20):
+        plain.load_state_dict(model.state_dict())
+        for each in (model, plain):
+            each.zero_grad()
+            sum(out.pow(2).sum() for out in each(X, X + step)).backward()
+        for mine, other in zip(model.parameters(), plain.parameters(), strict=True):
+            assert mine.grad is None or torch.equal(mine.grad, other.grad)  # type: ignore[arg-type]
+        freezer.step()
+
+
+@pytest.mark.parametrize("listed", [False, True])
+def test_a_shared_encoder_that_is_listed_behind_what_it_feeds_is_refused(listed: bool) -> None:
+    model = Twins("one encoder two")
+    refused = pytest.raises(LayerOrderError, match=r"'encoder.*' is listed after 'one")
+    if listed:
+        with refused:
+            built(model, (X, X), layers=[model.one, model.encoder, model.two])
+    else:
+        built(model, None)
+        with refused:
+            model(X, X)
 
 
 # --- teachers, and what other optimizers train ------------------------------------------------
@@ -321,6 +393,48 @@ def test_layers_whose_weights_a_parent_uses_are_chained(
     assert all(set(model.parts[i].parameters()) == {*layers[i].parameters} for i in range(4))
 
 
+def test_weights_that_are_handed_to_blocks_anew_are_theirs() -> None:
+    class Masked(nn.Module):
+        """Each block runs with weights that its parent has made of its own, all made first."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = nn.Linear(6, 2)
+            self.blocks = nn.ModuleList(block() for _ in range(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            made = [{n: p * 0.5 for n, p in each.named_parameters()} for each in self.blocks]
+            for each, weights in reversed(list(zip(self.blocks, made, strict=True))):
+                x = functional_call(each, weights, (x,)).relu()
+            return self.head(x)  # type: ignore[no-any-return]
+
+    model = Masked()
+    found = weights(model, find_layers(model, X))
+    assert found == [
+        *([f"blocks.{i}.{part}.weight"] for i in (2, 1, 0) for part in (0, 2)),
+        ["head.weight"],
+    ]
+
+
+def test_codes_go_with_the_part_that_makes_weights_of_them() -> None:
+    """They would get no gradient through it once it is frozen."""
+
+    class Hyper(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.codes = nn.Parameter(torch.randn(3, 4))
+            self.maker, self.head = nn.Linear(4, 36), nn.Linear(6, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            for code in self.codes:
+                x = linear(x, self.maker(code).view(6, 6)).relu()
+            return self.head(x)  # type: ignore[no-any-return]
+
+    model = Hyper()
+    found = weights(model, find_layers(model, X))
+    assert found == [["codes", "maker.weight"], ["head.weight"]]
+
+
 def test_blocks_of_which_a_parent_calls_the_parts_are_layers_each() -> None:
     class Block(nn.Module):
         def __init__(self) -> None:
@@ -396,9 +510,11 @@ def test_a_right_order_is_checked_once_and_no_hook_stays() -> None:
     run = steps(model, 3, layers=[model.encoder, model.decoder, model.head])
     freezer = next(run)
     assert not freezer.order_pending
+    assert all(not m._forward_pre_hooks for m in copy.deepcopy(model).children())
+    next(run)
     assert not any(m._forward_pre_hooks for m in model.children())
     assert not any("__reduce_ex__" in vars(m) for m in model.children())
-    assert len(list(run)) == 2
+    assert len(list(run)) == 1
 
 
 def test_an_order_that_was_never_seen_is_told_before_the_first_freeze() -> None:

@@ -666,7 +666,8 @@ def test_a_state_that_does_not_fit_is_refused_by_name() -> None:
     ):
         foreign.load_state_dict(state, allow_schedule_change=True)
     model = linear_net(3)
-    few = FreezeOut(model, SGD(model.parameters(), 0.1), STEPS, schedule=EARLY, layers=[model])
+    with pytest.warns(UserWarning, match="is one layer"):
+        few = FreezeOut(model, SGD(model.parameters(), 0.1), STEPS, schedule=EARLY, layers=[model])
     with pytest.raises(CheckpointError, match="other layers"):
         few.load_state_dict(state)
     with pytest.raises(CheckpointError, match="no FreezeOut state: it has no 'step'"):

@@ -2,7 +2,9 @@
 exactly as by hand; and layers that the loss does not use are found in the first update."""
 
 import copy
+import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -266,6 +268,79 @@ def test_a_trained_weight_used_ahead_of_frozen_layers_does_not() -> None:
 # --- beside compiling, checkpointing, the cache -----------------------------------------------
 
 
+@pytest.mark.parametrize("late", [False, True])
+def test_an_input_that_requires_a_gradient_in_some_steps_is_told_of_once(late: bool) -> None:
+    """Adversarial training that sets in later, or in every third step."""
+    model = linear_net()
+    optimizer = SGD(model.parameters(), 0.1)
+    freezer = FreezeOut(model, optimizer, 20, schedule=EARLY, example_inputs=vectors(0)[0])
+    told: list[int] = []
+    for step in range(20):
+        x = vectors(step)[0].requires_grad_(step >= 9 if late else step % 3 == 2)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            torch.autograd.backward(model(x).square().mean())
+        told += [step for each in caught if "requires a gradient" in str(each.message)]
+        assert x.grad is not None or not x.requires_grad
+        optimizer.step()
+        optimizer.zero_grad()
+        freezer.step()
+    assert told == [9 if late else 8]  # of frozen layers
+
+
+def test_parameters_that_were_off_when_their_layer_froze_train_after_the_run() -> None:
+    """`set_requires_grad(discriminator, False)` around a generator's step, in each of them."""
+    model = linear_net()
+    optimizer = SGD(model.parameters(), 0.1)
+    freezer = FreezeOut(model, optimizer, 20, schedule=EARLY, example_inputs=vectors(0)[0])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that it is undone
+        for step in range(19):
+            model.requires_grad_(True)
+            model(vectors(step)[0]).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            model.requires_grad_(False)
+            freezer.step()
+        model.requires_grad_(True)
+        freezer.step()
+    assert not model[0].weight.requires_grad
+    freezer.release()
+    assert all(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize("look", [False, True])
+def test_reentrant_checkpointing_is_refused_where_a_method_gives_the_loss(look: bool) -> None:
+    class ByMethod(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.head = nn.Linear(5, 5), nn.Linear(5, 5), nn.Linear(5, 2)
+
+        def loss(self, x: Tensor) -> Tensor:
+            hidden = checkpoint(self.b, self.a(x).relu(), use_reentrant=True)
+            return self.head(hidden).square().mean()  # type: ignore[no-any-return]
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.b(self.a(x).relu()))  # type: ignore[no-any-return]
+
+    model, x = ByMethod(), vectors(0)[0]
+    optimizer = SGD(model.parameters(), 0.1)
+    plan = Schedule(0.5, scale_lr=False)
+    inputs = x if look else None
+    freezer = FreezeOut(model, optimizer, 20, schedule=plan, example_inputs=inputs)
+
+    def step() -> None:
+        torch.autograd.backward(model.loss(x))
+        optimizer.step()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what autograd's graph does not show
+            freezer.step()
+
+    step()
+    with pytest.raises(FreezeOutError, match="layer 'b' runs under reentrant"):
+        step()
+
+
 @told
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # dynamo's own
 def test_through_compiled_layers() -> None:
@@ -374,6 +449,35 @@ def test_a_last_layer_that_the_loss_does_not_use_is_refused_in_the_first_update(
 
     with pytest.raises(FreezeOutError, match=UNUSED):
         update()
+
+
+def test_so_is_one_whose_loss_has_weight_0() -> None:
+    model = Pooled()
+    optimizer = SGD(model.parameters(), 0.1)
+    plan = Schedule(times=(0.2, 0.4, 1.0), scale_lr=False)
+    FreezeOut(model, optimizer, 10, schedule=plan, example_inputs=vectors(0)[0])
+    hidden, pooled = model(vectors(0)[0])
+    (hidden.square().mean() + 0 * pooled.square().mean()).backward()
+    with pytest.raises(FreezeOutError, match=UNUSED):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("kind", ["off in some batches", "all layers", "nothing at all"])
+def test_a_later_loss_that_will_have_nothing_to_train_is_told_of_once(kind: str) -> None:
+    model = Pooled()
+    optimizer = SGD(model.parameters(), 0.1)
+    plan = Schedule(times=(0.2, 0.4, 1.0), scale_lr=False)
+    freezer = FreezeOut(model, optimizer, 10, schedule=plan, example_inputs=vectors(0)[0])
+    said = pytest.warns(UserWarning, match=r"nothing behind layer 'b', .* step 4 on.*layers=")
+    for step in range(4):
+        optimizer.zero_grad()
+        hidden, pooled = model(vectors(step)[0])
+        is_off = step in (1, 2) and kind != "all layers"
+        if not is_off or kind == "off in some batches":
+            (hidden if is_off else pooled).square().mean().backward()
+        optimizer.step()
+        with said if step == 1 and kind == "off in some batches" else nullcontext():
+            freezer.step()
 
 
 def test_what_the_message_says_to_do_helps() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import batch_norm
 from torch.optim import SGD
 
 from freezeout import FreezeOut, FreezeOutError, Frozen, PrefixCache, Schedule, find_layers
@@ -89,6 +90,15 @@ class Clipped(nn.Linear):
         return super().forward(x)
 
 
+class OwnNorm(nn.BatchNorm1d):
+    """Takes the statistics of its batch, and counts it, in any mode."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert self.num_batches_tracked is not None
+        self.num_batches_tracked += 1
+        return batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, True)
+
+
 class Noise(nn.Module):
     def __init__(self, level: bool = False) -> None:
         super().__init__()
@@ -157,6 +167,7 @@ WRITERS: dict[str, Callable[[], tuple[nn.Sequential, Tensor]]] = {
     "normaliser": lambda: (with_module(Normaliser()), vectors()),
     "normaliser of the input": lambda: (with_module(Normaliser(), first=True), vectors()),
     "new tensors": lambda: (with_module(Normaliser(replace=True)), vectors()),
+    "a norm of one's own": lambda: (with_module(OwnNorm(6)), vectors()),
     "sizes": lambda: (with_module(Grows()), vectors()),
     "clipped": lambda: (with_module(Clipped(6, 6)), vectors()),
     "max_norm": lambda: (embedding(), words()),
@@ -203,6 +214,22 @@ def test_a_parameter_that_is_written_though_frozen_is_refused_where_it_was_not_f
     freezer = FreezeOut(model, optimizer, STEPS, schedule=Frozen(2))
     with pytest.raises(FreezeOutError, match=r"'weight' of a Clipped in layer '1'.*example_inputs"):
         train(model, vectors(), freezer, optimizer, 1)
+
+
+@pytest.mark.parametrize("example", [True, False], ids=["example", "no example"])
+def test_a_buffer_that_code_outside_of_its_module_writes_is_told_of(example: bool) -> None:
+    class Outside(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            normaliser: Any = self[1]
+            normaliser.count += 1
+            return super().forward(x)  # type: ignore[no-any-return, no-untyped-call]
+
+    model, x = Outside(*with_module(Normaliser())), vectors()
+    optimizer = SGD(model.parameters(), 1e-3)
+    inputs = x if example else None
+    freezer = FreezeOut(model, optimizer, STEPS, schedule=EARLY, example_inputs=inputs)
+    with pytest.warns(UserWarning, match="writing buffer 'count' of a Normaliser in frozen layer"):
+        train(model, x, freezer, optimizer, STEPS)
 
 
 def test_frozen_layers_that_write_compute_what_they_did() -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.nn.functional import linear
 from torch.optim import SGD
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -186,3 +187,24 @@ def test_weights_that_are_rolled_back_are_no_stale_graph() -> None:
             model.load_state_dict(state.state_dict())
             run(model, [optimizer], freezer, images, range(8, 12))
     assert freezer.num_frozen == 2
+
+
+def test_that_nothing_will_ever_freeze_is_told_unless_the_plan_says_so() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.encoder = nn.Linear(5, 5)
+
+        def forward(self, x: Any) -> Any:
+            return linear(self.encoder(x), self.encoder.weight.t())
+
+    def build(model: nn.Module, **options: Any) -> None:
+        FreezeOut(model, SGD(model.parameters(), 0.1), 20, **options)
+
+    with pytest.warns(
+        UserWarning, match=r"no layer will be frozen.* one layer \('encoder'\).*layers="
+    ):
+        build(Tied(), example_inputs=vectors(0)[0])
+    with pytest.warns(UserWarning, match="freeze_every=50 leaves no step for it in a run of 20"):
+        build(linear_net(), freeze_every=50)
+    build(linear_net(), schedule=Schedule(1.0))
