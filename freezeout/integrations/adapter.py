@@ -155,13 +155,14 @@ class Adapter:
         }
 
     def _figures(self) -> dict[str, float]:
-        """For logs: how many layers are frozen, and the share of the time of the steps so far
-        that this has saved, once it can be told."""
+        """For logs: how many layers are frozen, and the shares of the FLOPs and of the time of the
+        steps so far that this has saved, once they can be told."""
         if self.freezer is None:
             return {}
         figures = {"freezeout/num_frozen": float(self.freezer.num_frozen)}
-        saved = self.freezer.seconds_saved()
-        if saved is not None:
+        if (flops := self.freezer.flops_saved()) is not None:
+            figures["freezeout/flops_saved"] = flops
+        if (saved := self.freezer.seconds_saved()) is not None:
             figures["freezeout/saved_share"] = saved.share
         return figures
 

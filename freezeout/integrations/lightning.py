@@ -41,7 +41,8 @@ class FreezeOutCallback(Adapter, Callback):
     freeze yourself is trainable. A batch in which an optimizer made a step counts as one step.
 
     The progress bar shows how many layers are `frozen`. Loggers get `freezeout/num_frozen` and
-    `freezeout/saved_share`, the share of the steps' time that freezing has saved.
+    the shares that freezing has saved: `freezeout/flops_saved`, of the network's FLOPs, and
+    `freezeout/saved_share`, of the steps' time where it can be told.
     """
 
     _of_run = ("_first", "_early")
