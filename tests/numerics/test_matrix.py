@@ -48,6 +48,7 @@ def test_frozen_stand_still_and_trained_equal_the_reference(case: Case) -> None:
     prove(case)
 
 
+@pytest.mark.filterwarnings("ignore:no layer will be frozen")  # with some freeze_every
 @given(
     kind=st.sampled_from(
         [
