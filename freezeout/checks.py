@@ -17,12 +17,12 @@ from torch.utils.hooks import RemovableHandle
 
 from .errors import CheckpointError, FreezeOutError, InvalidValue
 from .layers import Layer
+from .layers.flow import leaves_of, nodes_of
 from .layers.held import Writes
-from .layers.layer import leaves_of, nodes_of
 from .layers.marks import copied_plainly, unhooked
 from .layers.names import without_wrappers
 from .layers.scratch import has_no_values
-from .layers.trace import rows_of
+from .layers.trace import rows_of, sharded_modules
 from .plan import Timeline
 
 _WATCHED = 20  # steps after which missing updates are told
@@ -349,7 +349,7 @@ def check_unchanged(
     """InvalidValue if the model's parameters (`names`: as they were called) or modules are not
     those of the layers any more."""
     modules = dict(model.named_modules())
-    if any(hasattr(module, "unshard") for module in modules.values()):
+    if sharded_modules(model):
         return  # FSDP2 puts other parameters in their place while it computes
     advice = "; change the model first, then build the optimizer and FreezeOut (or release() this)"
     now = {p: name for name, p in model.named_parameters()}

@@ -213,9 +213,9 @@ class FreezeOut:
         count, end = len(self.layers), self.total_steps
         if count == 1:
             why = (
-                f"all of the model is one layer ({self.layers[0].name!r}), and the last one never "
+                f"the model is one layer ({self.layers[0].name!r}), and the last never freezes; "
+                "pass layers=, a list of the modules that are to freeze one by one"
             )
-            why += "freezes; pass layers=, a list of the modules that are to freeze one by one"
         elif any(self._plan.timeline(count, end, 1).depths):
             why = f"freeze_every={self.freeze_every} leaves no step for it in a run of {end}"
         else:

@@ -1,7 +1,7 @@
 """What differs between the versions of torch that are supported, in one place."""
 
 import inspect
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from typing import Any
@@ -57,6 +57,14 @@ def numbered_alike(handle: RemovableHandle, always_called: bool = False) -> Remo
             numbered[number] = numbered.pop(handle.id)
         handle.id = number
     return handle
+
+
+def called_by_compiler(function: Callable[[], None]) -> Callable[[], None]:
+    """For what is to be said where `torch.compile` traces a call of the function: it is called
+    then, and is no part of the graph."""
+    # What torch.compiler.assume_constant_result() sets, which would import the compiler.
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 def make_state(optimizer: Optimizer, parameters: Iterable[nn.Parameter]) -> None:

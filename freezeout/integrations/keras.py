@@ -221,10 +221,14 @@ class FreezeOutCallback(keras.callbacks.Callback):  # type: ignore[misc]
 
     @property
     def layers(self) -> list[list[Any]]:
+        """The layers in order of execution, each a list of the Keras layers that freeze together;
+        empty before `fit` has begun."""
         return self._found.groups
 
     @property
     def freeze_steps(self) -> tuple[int | None, ...]:
+        """For each layer the step from which on it is frozen (see `Timeline.freeze_steps`); empty
+        before `fit` has begun."""
         return self.timeline.freeze_steps if self.layers else ()
 
     def learning_rates(self, step: int) -> tuple[float, ...]:

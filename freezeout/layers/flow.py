@@ -1,6 +1,7 @@
-"""Which modules feed which: from whose results each module computed its own, in one forward."""
+"""What was computed from what: which modules feed which in one forward pass, by the tensors that
+they hand on; and what is behind a tensor in autograd's graph."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import permutations
 from typing import Any
 
@@ -138,6 +139,27 @@ class Graph:
 
     def forget(self) -> None:
         self._known.clear()
+
+
+def leaves_of(values: Iterable[Any]) -> Iterator[Tensor]:
+    """Every tensor that a backward pass from any tensor among the values would give a gradient."""
+    values = list(values)
+    for value in values:
+        if isinstance(value, Tensor) and value.requires_grad and value.is_leaf:
+            yield value
+    yield from (node.variable for node in nodes_of(values) if hasattr(node, "variable"))
+
+
+def nodes_of(values: Iterable[Any]) -> Iterator[Any]:
+    """Every node that a backward pass from any tensor among the values would visit."""
+    waiting = [value.grad_fn for value in values if isinstance(value, Tensor)]
+    seen: set[Any] = set()
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            yield node
+            waiting += [following for following, _ in node.next_functions]
 
 
 def _union(sets: dict[Node, int], nodes: Iterable[Node]) -> int:

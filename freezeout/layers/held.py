@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
-from ..versions import numbered_alike
+from ..versions import called_by_compiler, numbered_alike
 from .marks import Mark, copied_plainly, is_norm, is_plain_norm, mark_of, unhooked
 from .scratch import equal, has_no_values, places_of, state_of
 
@@ -47,6 +48,14 @@ def writes_always(module: nn.Module) -> bool:
     return getattr(module, "max_norm", None) is not None or _OBSERVES in module._buffers
 
 
+def _around(module: nn.Module, enter: Any, leave: Any) -> list[RemovableHandle]:
+    """Hooks that are called before all others of the module, and after it, also where it fails."""
+    return [
+        module.register_forward_pre_hook(enter, prepend=True),
+        numbered_alike(module.register_forward_hook(leave, always_call=True), always_called=True),
+    ]
+
+
 class Held:
     """Gives a frozen module, and what it contains, copies of the tensors that its forward pass
     writes, for as long as it runs: what it writes is thrown away with them, and the tensors
@@ -81,12 +90,7 @@ class Held:
         self._is_looking = True
         self._swapped: list[tuple[nn.Module, dict[str, Any], str, Tensor, Tensor]] = []
         self._depth = 0
-        self._handles = [
-            module.register_forward_pre_hook(self._enter, prepend=True),
-            numbered_alike(
-                module.register_forward_hook(self._leave, always_call=True), always_called=True
-            ),
-        ]
+        self._handles = _around(module, self._enter, self._leave)
         if not self._places:
             self.remove()
 
@@ -141,16 +145,13 @@ class Held:
         self._swapped = []
 
 
+@called_by_compiler
 def _seen_by_compiler() -> None:
     warnings.warn(
         "torch.compile compiles a frozen module that writes its own tensors in each forward pass "
         "(an embedding with max_norm, an observer): compiled ones go on writing",
         stacklevel=2,
     )
-
-
-# What torch.compiler.assume_constant_result() sets, which would import the compiler.
-_seen_by_compiler._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 class TrainingPath:
@@ -163,12 +164,7 @@ class TrainingPath:
     def __init__(self, module: nn.Module) -> None:
         self._module = module
         self._before: list[bool] = []
-        self._handles = [
-            module.register_forward_pre_hook(self._enter, prepend=True),
-            numbered_alike(
-                module.register_forward_hook(self._leave, always_call=True), always_called=True
-            ),
-        ]
+        self._handles = _around(module, self._enter, self._leave)
         copied_plainly(module)
 
     def remove(self) -> None:

@@ -1,16 +1,18 @@
 """`Layer`: modules and parameters that freeze together, and what freezing does to them."""
 
 import warnings
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from ..versions import numbered_alike
+from ..versions import called_by_compiler, numbered_alike
+from .flow import leaves_of
 from .held import Held, TrainingPath, UsersHooks, asks_for_mode
 from .marks import Mark, foreign_hooks, mark_of, stopped, trained_again
+from .trace import sharded_modules
 
 
 class Removable(Protocol):
@@ -186,8 +188,8 @@ class Layer:
         But while the model is in evaluation mode somebody wants to look at that gradient.
         """
         tensors = [value for value in tree_leaves(output) if isinstance(value, Tensor)]
-        if self._within is not None and any(hasattr(m, "unshard") for m in self._within.modules()):
-            return False  # FSDP2: what the model's own parameters are cannot be told
+        if self._within is not None and sharded_modules(self._within):
+            return False  # what the model's own parameters are cannot be told
         if self._within is None or self._within.training:
             tensors = [tensor for tensor in tensors if not tensor.is_leaf]
         return self._reaches_outside(tensors)
@@ -249,27 +251,6 @@ def detached(value: Any) -> Any:
     return tree_map_only(Tensor, Tensor.detach, value)
 
 
-def leaves_of(values: Iterable[Any]) -> Iterator[Tensor]:
-    """Every tensor that a backward pass from any tensor among the values would give a gradient."""
-    values = list(values)
-    for value in values:
-        if isinstance(value, Tensor) and value.requires_grad and value.is_leaf:
-            yield value
-    yield from (node.variable for node in nodes_of(values) if hasattr(node, "variable"))
-
-
-def nodes_of(values: Iterable[Any]) -> Iterator[Any]:
-    """Every node that a backward pass from any tensor among the values would visit."""
-    waiting = [value.grad_fn for value in values if isinstance(value, Tensor)]
-    seen: set[Any] = set()
-    while waiting:
-        node = waiting.pop()
-        if node is not None and node not in seen:
-            seen.add(node)
-            yield node
-            waiting += [following for following, _ in node.next_functions]
-
-
 def _need_gradients(values: Iterable[Any]) -> bool:
     """Whether a tensor among the values, or in a structure among them, requires a gradient."""
     for value in values:
@@ -313,6 +294,7 @@ def _end(module: nn.Module, args: Any, output: Any) -> None:
         mark.layer.leave(module, None)
 
 
+@called_by_compiler
 def _seen_by_compiler() -> None:
     """`torch.compile` traces a frozen layer, and calls this as it does. It would otherwise say
     little when it stops compiling: a line in the log, many freezes later."""
@@ -324,7 +306,3 @@ def _seen_by_compiler() -> None:
             "freezeout.parallel.allow_stages(freezer) before it",
             stacklevel=2,
         )
-
-
-# What torch.compiler.assume_constant_result() sets, which would import the compiler.
-_seen_by_compiler._dynamo_marked_constant = True  # type: ignore[attr-defined]

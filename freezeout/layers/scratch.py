@@ -14,6 +14,8 @@ from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from .flow import memory_of
+
 
 @contextmanager
 def scratch(model: nn.Module, watched: bool = False) -> Iterator[None]:
@@ -31,7 +33,7 @@ def scratch(model: nn.Module, watched: bool = False) -> Iterator[None]:
     for module, own, _, tensor in places_of(modules):
         if own is module._buffers or getattr(module, "max_norm", None) is not None:
             kept.add(tensor)
-    weights = [(p, p.detach(), _memory(p)) for p in model.parameters()] if watched else []
+    weights = [(p, p.detach(), memory_of(p)) for p in model.parameters()] if watched else []
     python, numpy = random.getstate(), np.random.get_state()
     with random_state_kept(model):
         try:
@@ -45,7 +47,7 @@ def scratch(model: nn.Module, watched: bool = False) -> Iterator[None]:
                     own.clear()
                     own.update(before)
             for parameter, alias, memory in weights:
-                if _memory(parameter) != memory:
+                if memory_of(parameter) != memory:
                     parameter.data = alias
             kept.put_back()
 
@@ -93,7 +95,7 @@ class _WriteListener(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if schema is not None and schema.is_mutable:
             for value in tree_leaves((args, kwargs)):
                 if isinstance(value, Tensor):
-                    for parameter in self._of_memory.get(_memory(value), ()):
+                    for parameter in self._of_memory.get(memory_of(value), ()):
                         self._kept.add(parameter)
         return func(*args, **(kwargs or {}))
 
@@ -113,14 +115,7 @@ def places_of(
 def state_of(tensor: Tensor) -> Any:
     """What changes when a tensor is written, for the most part."""
     version = 0 if tensor.is_inference() else tensor._version
-    return version, _memory(tensor), tensor.shape
-
-
-def _memory(tensor: Tensor) -> Any:
-    try:
-        return tensor.untyped_storage()._cdata
-    except NotImplementedError:  # a tensor without a storage of its own
-        return None
+    return version, memory_of(tensor), tensor.shape
 
 
 def has_no_values(tensor: Tensor) -> bool:

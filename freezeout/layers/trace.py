@@ -19,7 +19,7 @@ from ..words import first_line
 from .flow import Flow, Graph, memory_of
 from .held import Writes, writes_always
 from .marks import is_norm
-from .scratch import scratch, uncompiled
+from .scratch import places_of, scratch, uncompiled
 
 # A tensor or any other single argument; a tuple of positional arguments; a mapping of keyword
 # arguments; or the pair (tuple, mapping).
@@ -284,7 +284,8 @@ class _UseListener(TorchDispatchMode):  # type: ignore[no-untyped-call]
             for buffer in model.buffers():
                 trace.flow.know_constant(buffer)
         # FSDP puts whole parameters in the place of shards while a module runs.
-        self._sharded = _places(model) if sharded_modules(model) else []
+        modules = model.modules() if sharded_modules(model) else ()
+        self._sharded = list(places_of(modules))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         taken = tree_leaves((args, kwargs))
@@ -305,8 +306,8 @@ class _UseListener(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._trace.flow.know(parameter, value)
 
     def _use_unsharded(self, value: nn.Parameter) -> None:
-        for module, name, parameter in self._sharded:
-            if module._parameters[name] is value:
+        for _, own, name, parameter in self._sharded:
+            if own.get(name) is value and isinstance(parameter, nn.Parameter):
                 self._take(parameter, value)
                 break
 
@@ -366,16 +367,6 @@ def _refuse_lazy(model: nn.Module) -> None:
                 f"module {name!r} ({type(module).__name__}) has no sizes yet: make one forward "
                 "pass, model(x), before the optimizer and FreezeOut are built"
             )
-
-
-def _places(model: nn.Module) -> list[tuple[nn.Module, str, nn.Parameter]]:
-    """Every module, attribute and parameter that stands there."""
-    return [
-        (module, name, parameter)
-        for module in model.modules()
-        for name, parameter in module._parameters.items()
-        if parameter is not None
-    ]
 
 
 def call_arguments(example_inputs: ExampleInputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
