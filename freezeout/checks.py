@@ -24,6 +24,7 @@ from .layers.names import without_wrappers
 from .layers.scratch import has_no_values
 from .layers.trace import rows_of, sharded_modules
 from .plan import Timeline
+from .versions import guard_hooks
 
 _WATCHED = 20  # steps after which missing updates are told
 _BEGINNING = 2  # steps in which every forward pass is asked where its input comes from
@@ -174,6 +175,7 @@ class EngagedCheck:
         self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None
     ) -> None:
         if torch.compiler.is_compiling():
+            guard_hooks()
             return
         self._leave()
         self._active = model.training and torch.is_grad_enabled()

@@ -13,7 +13,9 @@ from torch.optim import Adagrad, Optimizer
 from torch.utils._pytree import TreeSpec
 from torch.utils.hooks import RemovableHandle
 
-_ASKS_FOR_NUMBERS = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 11)
+VERSION = tuple(map(int, torch.__version__.split(".")[:2]))
+_ASKS_FOR_NUMBERS = VERSION < (2, 11)
+_FORGETS_REQUIRES_GRAD = VERSION < (2, 13)  # 2.12 was not tried
 _NUMBER, _ALWAYS_CALLED = -1, -2  # torch's own start at zero
 
 
@@ -65,6 +67,21 @@ def called_by_compiler(function: Callable[[], None]) -> Callable[[], None]:
     # What torch.compiler.assume_constant_result() sets, which would import the compiler.
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
+
+
+def is_exporting() -> bool:
+    """Whether torch.export runs. torch's own function of that name is true to torch.compile, too,
+    before torch 2.13."""
+    return bool(torch.compiler._is_exporting_flag)
+
+
+@called_by_compiler
+def guard_hooks() -> None:
+    """Called where `torch.compile` traces the model. Before torch 2.13 a graph is not compiled anew
+    when a parameter stops requiring a gradient: it goes on with all of the backward pass, and
+    nothing is saved. But freezing puts hooks on modules too, which a graph can be told to watch."""
+    if _FORGETS_REQUIRES_GRAD:
+        torch._dynamo.config.skip_nnmodule_hook_guards = False
 
 
 def make_state(optimizer: Optimizer, parameters: Iterable[nn.Parameter]) -> None:

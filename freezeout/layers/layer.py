@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from ..versions import called_by_compiler, numbered_alike
+from ..versions import called_by_compiler, is_exporting, numbered_alike
 from .flow import leaves_of
 from .held import Held, TrainingPath, UsersHooks, asks_for_mode
 from .marks import Mark, foreign_hooks, mark_of, stopped, trained_again
@@ -270,7 +270,7 @@ def _need_gradients(values: Iterable[Any]) -> bool:
 def _enter(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    if torch.compiler.is_exporting():
+    if is_exporting():
         return None
     if torch.compiler.is_compiling():
         _seen_by_compiler()

@@ -9,6 +9,7 @@ import traceback
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from inspect import signature
 from multiprocessing.connection import Connection
 from typing import Any, cast
 
@@ -22,6 +23,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from freezeout import FreezeOut, Frozen, Plan, Schedule, Timeline
 from freezeout.errors import FreezeOutError, InvalidType, InvalidValue
 from freezeout.parallel import check_ranks_agree, rewrap
+from freezeout.versions import SYNC_BUFFERS
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="needs torch.distributed")
 
@@ -79,6 +81,7 @@ def _serve(rank: int, size: int, pipe: Connection) -> None:
             pipe.send((None, work(rank, *args)))
         except BaseException:
             pipe.send((traceback.format_exc(), None))
+        gc.collect()  # wrappers that an exception has kept are gone before their group is
         dist.destroy_process_group()
 
 
@@ -159,12 +162,17 @@ def gradients(
     return found
 
 
+def known(**options: Any) -> dict[str, Any]:
+    """Those of the options that this version of DistributedDataParallel has."""
+    return {name: o for name, o in options.items() if name in signature(DDP.__init__).parameters}
+
+
 OPTIONS: list[dict[str, Any]] = [
     {},
     {"static_graph": True},
     {"gradient_as_bucket_view": True, "bucket_cap_mb": 0.001},
-    {"bucket_cap_mb_list": [0.001, 0.002], "batched_grad_copy": True},
-    {"find_unused_parameters": True, "forward_sync_buffers": False},
+    known(bucket_cap_mb_list=[0.001, 0.002], batched_grad_copy=True),
+    {"find_unused_parameters": True, SYNC_BUFFERS: False},
 ]
 
 
@@ -346,19 +354,19 @@ def test_bytes_reduced_fall_with_the_trained_parameters(two: Processes) -> None:
 
 def carried(rank: int) -> dict[str, Any]:
     """The options of a wrapper made again, twice."""
+    options: dict[str, Any] = {SYNC_BUFFERS: False, **known(skip_all_reduce_unused_params=True)}
     net = DDP(
         plain(),
         bucket_cap_mb=3,
         gradient_as_bucket_view=True,
         find_unused_parameters=True,
-        skip_all_reduce_unused_params=True,
-        forward_sync_buffers=False,
         process_group=dist.new_group(),
+        **options,
     )
     default = rewrap(DDP(plain()))
     group, net = net.process_group, rewrap(rewrap(net.eval()))
     names = ("bucket_bytes_cap", "gradient_as_bucket_view", "find_unused_parameters")
-    more = ("skip_all_reduce_unused_params", "forward_sync_buffers", "training")
+    more = (*known(skip_all_reduce_unused_params=True), SYNC_BUFFERS, "training")
     return {name: getattr(net, name) for name in (*names, *more)} | {
         "group": net.process_group is group,
         "small first bucket": default.bucket_bytes_cap_default,
@@ -370,8 +378,8 @@ def test_options_go_along(two: Processes) -> None:
         "bucket_bytes_cap": 3 * 2**20,
         "gradient_as_bucket_view": True,
         "find_unused_parameters": True,
-        "skip_all_reduce_unused_params": True,
-        "forward_sync_buffers": False,
+        **known(skip_all_reduce_unused_params=True),
+        SYNC_BUFFERS: False,
         "training": False,
         "group": True,
         "small first bucket": True,
@@ -516,7 +524,8 @@ def statistics(rank: int, sync: bool) -> list[tuple[int, list[Tensor], list[Tens
     under model.train(), then those of frozen layers a whole run later."""
     model = with_norms()
     optimizer, freezer = freezing(model)
-    net, rows = DDP(model, forward_sync_buffers=sync), []
+    options: dict[str, Any] = {SYNC_BUFFERS: sync}
+    net, rows = DDP(model, **options), []
     for step in range(STEPS):
         model.train()
         loss_of(net, step, rank, 2).backward()  # type: ignore[no-untyped-call]

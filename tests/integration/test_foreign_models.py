@@ -129,6 +129,8 @@ def scheduler(kind: str, optimizer: Optimizer) -> LRScheduler:
             return OneCycleLR(optimizer, 0.1, total_steps=STEPS + 1)
 
 
+# A SequentialLR of torch 2.7 warns of what it does itself.
+@pytest.mark.filterwarnings(r"ignore:The epoch parameter in `scheduler.step\(\)`:UserWarning")
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("kind", ["linear", "lambda", "sequential", "one cycle"])
 def test_a_users_scheduler_is_multiplied_by_eq_1_and_never_notices(kind: str, when: str) -> None:

@@ -94,13 +94,28 @@ def local_bytes(optimizer: Optimizer) -> int:
     return sum(t.numel() * t.element_size() for t in local if isinstance(t, Tensor))
 
 
+def summed() -> float:
+    """What torch's own FSDP2 multiplies the mean of the ranks' gradients by: 1, but over gloo the
+    number of ranks in torch 2.7 and others, which take their sum."""
+    model = nn.Linear(1, 2, bias=False)
+    fully_shard(model, mesh=init_device_mesh("cpu", (RANKS,)))
+    torch.autograd.backward(model(torch.ones(1, 1)).sum())
+    assert model.weight.grad is not None
+    return float(whole(model.weight.grad)[0, 0])
+
+
 def train(
-    model: nn.Module, optimizer: Optimizer, freezer: FreezeOut, steps: range, share: slice
+    model: nn.Module,
+    optimizer: Optimizer,
+    freezer: FreezeOut,
+    steps: range,
+    share: slice,
+    divisor: float = 1.0,
 ) -> Iterator[dict[str, Any]]:
     """Train on this rank's share of each batch; after each step, what there is to compare."""
     for step in steps:
         x, y = batch(step)
-        torch.autograd.backward(cross_entropy(model(x[share]), y[share]))
+        torch.autograd.backward(cross_entropy(model(x[share]), y[share]) / divisor)
         gradients = [None if p.grad is None else whole(p.grad) for p in model.parameters()]
         optimizer.step()
         optimizer.zero_grad()
@@ -139,6 +154,7 @@ def on_each_rank(rank: int, port: int, folder: Path) -> None:
         "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=RANKS
     )
     share = slice(4 * rank, 4 * rank + 4)
+    divisor = summed()
     found: dict[str, Any] = {}
     for build in (adamw, momentum):
         model = sharded()
@@ -150,11 +166,11 @@ def on_each_rank(rank: int, port: int, folder: Path) -> None:
             for layer in freezer.layers
             for own in [set(layer.parameters)]
         ]
-        records = train(model, optimizer, freezer, range(SAVED_AT), share)
+        records = train(model, optimizer, freezer, range(SAVED_AT), share, divisor)
         before = list(records)
         checkpoint = folder / build.__name__
         save(checkpoint, model, optimizer, freezer)
-        after = list(train(model, optimizer, freezer, range(SAVED_AT, STEPS), share))
+        after = list(train(model, optimizer, freezer, range(SAVED_AT, STEPS), share, divisor))
         found[build.__name__] = before + after
 
         model = sharded()
@@ -164,17 +180,17 @@ def on_each_rank(rank: int, port: int, folder: Path) -> None:
         optimizer = build(model)
         freezer = driven(model, optimizer)
         load(checkpoint, model, optimizer, freezer)
-        resumed = list(train(model, optimizer, freezer, range(SAVED_AT, STEPS), share))
+        resumed = list(train(model, optimizer, freezer, range(SAVED_AT, STEPS), share, divisor))
         found[f"{build.__name__} resumed"] = resumed
     model = sharded()
     optimizer = adamw(model)
     freezer = driven(model, optimizer, plan=START)
-    found["start"] = list(train(model, optimizer, freezer, range(STEPS), share))
+    found["start"] = list(train(model, optimizer, freezer, range(STEPS), share, divisor))
     # Without example inputs: the order is checked in the first forward pass.
     model = sharded()
     optimizer = adamw(model)
     freezer = driven(model, optimizer, example=False)
-    found["checked"] = list(train(model, optimizer, freezer, range(3), share))
+    found["checked"] = list(train(model, optimizer, freezer, range(3), share, divisor))
     torch.save(found, folder / f"rank{rank}.pt")
     dist.destroy_process_group()
 
