@@ -3,7 +3,6 @@
 import time
 import warnings
 from collections.abc import Iterable, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,6 @@ from .activations import Activations, precision
 from .depths import Depths
 from .files import Damaged
 from .fingerprint import Watch
-from .fold import FoldedPrefix
 from .inputs import Batch, check_ids
 from .placeholders import Placeholders, Unservable, reason_of
 from .plan import Plan
@@ -64,9 +62,6 @@ class PrefixCache:
         depths: at which depths (numbers of frozen layers) to keep activations. "auto": where
             measurements, made once, say that it pays and fits; "all": where it fits; or the
             depths themselves.
-        fold: fold frozen BatchNorms into convolutions where frozen layers are computed (first
-            visits, samples beyond the budget, view=None). Their results then differ in the last
-            bits from the model's own.
 
     Raises:
         InvalidValue, InvalidType: arguments out of range, a folder that holds other files or is
@@ -84,7 +79,6 @@ class PrefixCache:
         dtype: str | None = None,
         views: int = 1,
         depths: str | Iterable[int] = "auto",
-        fold: bool = False,
     ) -> None:
         if not isinstance(freezer, FreezeOut):
             raise InvalidType(f"freezer must be a FreezeOut, got {type(freezer).__name__}")
@@ -105,7 +99,6 @@ class PrefixCache:
             raise InvalidValue("the cache does not take a model that fully_shard was applied to")
         kept_as = DTYPES[dtype] if dtype else None
         self._depths = Depths(depths, freezer, self.num_samples, kept_as)
-        self._fold = FoldedPrefix(self._model) if fold else None
         self._placeholders = Placeholders()
         self._plans: dict[Any, Plan] = {}
         self._refused: dict[Any, str] = {}
@@ -148,11 +141,9 @@ class PrefixCache:
         if frozen < self._watch.frozen:
             self._watch.forget()
             self._reset()  # an earlier state was loaded: what freezes next has other weights
-        is_plain = keys is None or self.off is not None or not frozen
-        if not is_plain or self._fold is not None:  # folded copies serve where nothing is kept, too
-            self._check_weights(frozen)
-        if keys is None or is_plain:
+        if keys is None or self.off is not None or not frozen:
             return self._plain(args, kwargs, len(numbers))
+        self._check_weights(frozen)
         batch = Batch(args, kwargs, len(numbers))
         try:
             plan = self._plan_for(batch)
@@ -165,15 +156,7 @@ class PrefixCache:
 
     def _plain(self, args: tuple[Any, ...], kwargs: dict[str, Any], samples: int) -> Any:
         self.stats.bypassed += samples
-        with self._folding():
-            return self._model(*args, **kwargs)
-
-    def _folding(self, *plans: Plan | None) -> AbstractContextManager[None]:
-        """Fold norms, if asked to, but in what the plans have to see called."""
-        if self._fold is None:
-            return nullcontext()
-        called = {module for plan in plans if plan is not None for module in plan.modules}
-        return self._fold(self.freezer.layers[: self.freezer.num_frozen], called)
+        return self._model(*args, **kwargs)
 
     def _keys(self, numbers: Keys, view: Any) -> Keys | None:
         if view is None:
@@ -294,8 +277,6 @@ class PrefixCache:
         self._shared.clear()
         self._plans.clear()
         self._verified.clear()
-        if self._fold is not None:
-            self._fold.forget()
 
     # --- serving ------------------------------------------------------------------------
 
@@ -369,7 +350,7 @@ class PrefixCache:
             check_padding(plan, self._model, batch, real)
         rounded = self._activations.as_read(plan.depth, batch, real)
         for stored, computed in zip(tensors, rounded, strict=True):
-            same = close if exact and self._fold is None else _near
+            same = close if exact else _near
             if not same(stored, computed):
                 raise Unservable("what is stored is not what the frozen layers compute")
         whole = rounded if exact else self._activations.emptied(plan, batch, real)
@@ -389,15 +370,11 @@ class PrefixCache:
             return self._plain(batch.args, batch.kwargs, batch.size)
         if before is None:
             self.stats.misses += batch.size
-            with self._folding(plan), plan.capture(take):
+            with plan.capture(take):
                 return self._model(*batch.args, **batch.kwargs)
         self.stats.advanced += batch.size
         try:
-            with (
-                self._folding(plan, before),
-                before.serving(batch.size, given),
-                plan.capture(take),
-            ):
+            with before.serving(batch.size, given), plan.capture(take):
                 output = self._model(*batch.args, **batch.kwargs)
             before.check(output)
             return output
@@ -428,8 +405,7 @@ class PrefixCache:
             group, few = batch.rows(more), keys[more]
             before, given = self._earlier(int(start), group, few)
             try:
-                with self._folding(plan, before):
-                    tensors = plan.prefix(group, before, given)
+                tensors = plan.prefix(group, before, given)
             except Exception as error:
                 raise self._failed(error) from error
             tensors = self._keep(depth, group, few, inputs[more], fits[more], tensors)

@@ -17,7 +17,7 @@ from freezeout.cache.depths import Depths
 from freezeout.cache.inputs import Batch
 from freezeout.cache.store import Store
 from tests.caching import Run, same
-from tests.models import CLASSES, ResNet, conv_net, linear_net, vectors
+from tests.models import CLASSES, conv_net, linear_net, vectors
 
 # Padding.
 
@@ -341,27 +341,6 @@ def test_what_is_done_behind_autograds_back_is_for_clear() -> None:
         assert torch.equal(cache(x, ids=range(6)), model(x))
 
 
-@pytest.mark.filterwarnings("ignore:PrefixCache")
-def test_folded_norms_follow_the_weights_where_nothing_is_kept() -> None:
-    """With random augmentation throughout, and after the cache has turned itself off."""
-    torch.manual_seed(0)
-    model, x = ResNet(), torch.randn(6, 3, 8, 8)
-    cache = PrefixCache(frozen(model, x, 3), 6, budget=10**6, fold=True)
-    model.eval()
-
-    def near() -> bool:
-        return torch.allclose(cache(x, ids=range(6), view=None), model(x), 1e-4, 1e-5)
-
-    assert near()
-    with torch.no_grad():
-        model.get_parameter("layer1.0.conv1.weight").mul_(3)
-    assert near()
-    cache.close()
-    with torch.no_grad():
-        model.get_parameter("layer1.0.conv1.weight").mul_(3)
-    assert near()
-
-
 # Modes, and passes that are made for checking.
 
 
@@ -372,7 +351,7 @@ def test_evaluation_may_come_first(mode: Callable[[], Any]) -> None:
     model, x = conv_net(), torch.randn(6, 3, 8, 8)
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     freezer = FreezeOut(model, optimizer, 100, example_inputs=x)
-    cache = PrefixCache(freezer, 6, budget=10**6, depths="all", fold=True)
+    cache = PrefixCache(freezer, 6, budget=10**6, depths="all")
     for depth in (1, 2):
         freezer.load_state_dict(freezer.state_dict() | {"changes": [[0, depth]]})
         for training in (False, True):
