@@ -1,5 +1,6 @@
 """The activations of a data set's samples, in a store, at the depths at which they were taken."""
 
+import errno
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -13,14 +14,14 @@ from ..errors import CacheError, InvalidValue
 from ..layers import Layer
 from ..words import first_line
 from .depths import Depths
-from .files import Damaged, FileStore
+from .files import FileStore
 from .fingerprint import Fingerprints
 from .inputs import Batch
 from .layout import Layout
 from .placeholders import Unservable
 from .plan import Plan
 from .stats import CacheStats
-from .store import Keys, Store
+from .store import Damaged, Keys, Store
 
 
 class Activations:
@@ -29,6 +30,7 @@ class Activations:
     Args:
         dtype: of activations in store; None: the type they have.
         tell: is given what a user should know.
+        model: its name, for a user.
     """
 
     def __init__(
@@ -39,12 +41,14 @@ class Activations:
         dtype: torch.dtype | None,
         stats: CacheStats,
         tell: Callable[[str], None],
+        model: str,
     ) -> None:
         self.store = store
         self._depths, self._dtype, self._stats, self._tell = depths, dtype, stats, tell
         self._laps = Laps()
         self._layouts: dict[int, Layout] = {}
         self._fingerprints = Fingerprints(layers)
+        self._about = {"model": model, "layers": [layer.name for layer in layers]}
         self.ready: set[int] = set()  # depths that the store was told of
         self._writes = True
 
@@ -64,7 +68,8 @@ class Activations:
         known = self._layouts.setdefault(plan.depth, layout)
         if known.describe() != layout.describe():
             raise Unservable("what the frozen layers return has another shape than before")
-        self.store.check_layout(plan.depth, layout.describe())
+        if plan.depth in self.ready:
+            self._open(plan.depth)
 
     def begin(self, depth: int, batch: Batch, frozen: int) -> None:
         """Open the store for a depth, `frozen` layers being frozen. CacheError if it cannot be."""
@@ -77,36 +82,39 @@ class Activations:
                 store.reserve(len(store.index) * self._depths.record_bytes(longest))
             except (RuntimeError, MemoryError) as error:  # of a device, or the computer
                 raise CacheError(f"no memory for the cache: {first_line(error)}") from error
-        if not self.ready:  # what another process has left
-            for other in sorted({int(d) for d in np.unique(store.index["depth"])} - {0, depth}):
-                if other <= frozen and store.resume_depth(other, self._fingerprint(other)):
-                    self.ready.add(other)
-        store.begin_depth(depth, self._fingerprint(depth), self._layouts[depth].describe())
-        self.ready.add(depth)
-        if store.news is not None:
-            self._tell(store.news)
-            store.news = None
+        # What other processes have left at earlier depths is gone on from.
+        for each in range(1, min(depth, frozen + 1)):
+            if each in self._depths and each not in self.ready:
+                self._open(each)
+        self._open(depth)
 
-    def _fingerprint(self, depth: int) -> str:
-        if not isinstance(self.store, FileStore):
-            return ""
-        device = self.store.serve_on.type
-        return f"{self._fingerprints.at(depth)} {precision(device)} torch {torch.__version__}"
+    def _open(self, depth: int) -> None:
+        self.ready.add(depth)
+        if isinstance(self.store, FileStore):
+            device = self.store.serve_on.type
+            computed = f"{device}, {precision(device)}, torch {torch.__version__}"
+            layout = self._layouts.get(depth)
+            about = self._about | {"depth": depth, "computed": computed}
+            self.store.open_depth(
+                depth,
+                f"{self._fingerprints.at(depth)} {computed}",
+                None if layout is None else layout.describe(),
+                about,
+            )
 
     def held(self, keys: Keys, numbers: Keys, inputs: Any, depth: int) -> Any:
         """The depth of each key's record, at most `depth`; 0 where there is none, or none of use.
         InvalidValue if a record is of another input."""
         if len(set(keys.tolist())) != len(keys):
             _check_repeated(numbers, keys, inputs)
-        held = self.store.depths(keys).copy()
-        changed = np.flatnonzero((held > 0) & (self.store.index["input"][keys] != inputs))
+        changed = np.flatnonzero(self.store.find(keys, inputs, depth))
         if len(changed):
-            self.store.compare(keys[changed])  # damage comes first
             raise InvalidValue(
                 f"the input of sample {numbers[changed[0]]} is not what it was when its "
                 "activation was stored: the data set changed, ids name other samples than before, "
                 "or augmentation is random (pass view=, of a finite set, or view=None)"
             )
+        held = self.store.depths(keys).copy()
         for start in set(held.tolist()) - {0}:
             if start > depth or start not in self.ready:
                 held[held == start] = 0
@@ -118,8 +126,10 @@ class Activations:
             return np.zeros(batch.size, bool)
         layout, lengths = self._layouts[depth], _lengths(batch)
         sizes = {n: (layout.bytes_of(n), self._depths.record_bytes(n)) for n in set(lengths)}
-        needed, room = zip(*(sizes[length] for length in lengths), strict=True)
-        fits = self.store.set_aside(keys, needed, room)
+        fits = held == depth
+        rest = np.flatnonzero(~fits)
+        needed, room = zip(*(sizes[lengths[i]] for i in rest.tolist()), strict=True)
+        fits[rest] = self.store.set_aside(keys[rest], needed, room)
         held[self.store.depths(keys) == 0] = 0  # their room was too small
         if not fits.all():
             self._tell(
@@ -158,7 +168,8 @@ class Activations:
                     self.store.write_rows(keys[rows], chosen, depth, inputs[rows])
         except OSError as error:
             self._writes = False
-            self._tell(f"cannot write to the cache ({error.strerror}); nothing more is stored")
+            what = "the disk is full" if error.errno == errno.ENOSPC else error.strerror
+            self._tell(f"cannot write to the cache: {what}; nothing more is stored")
         return layout.rounded(tensors)
 
     @contextmanager
@@ -197,7 +208,8 @@ class Activations:
 def precision(device: str) -> str:
     """What numbers a forward pass on this kind of device computes in, in words."""
     autocast = torch.is_autocast_enabled(device)
-    return str(torch.get_autocast_dtype(device) if autocast else "no autocast")
+    words = f"autocast to {torch.get_autocast_dtype(device)}" if autocast else "no autocast"
+    return f"{words}, products in {torch.get_float32_matmul_precision()}"
 
 
 def _lengths(batch: Batch) -> list[int]:

@@ -19,14 +19,13 @@ from ..layers.trace import sharded_modules
 from ..values import whole_number
 from .activations import Activations, precision
 from .depths import Depths
-from .files import Damaged
 from .fingerprint import Watch
 from .inputs import Batch, check_ids
 from .placeholders import Placeholders, Unservable, reason_of
 from .plan import Plan
 from .planning import check_labels, check_padding, check_plan, make_plan
 from .stats import CacheStats
-from .store import Keys
+from .store import Damaged, Keys
 from .where import store_for
 
 DTYPES = {
@@ -53,8 +52,8 @@ class PrefixCache:
     Args:
         freezer: over the model.
         num_samples: of the data set; ids are 0 ... num_samples - 1.
-        where: "ram", "device" (the accelerator's memory), or the path of a folder, which is
-            reused by a later process that has the same frozen weights.
+        where: "ram", "device" (the accelerator's memory), or the path of a folder, which any
+            number of runs share: each reads what others with the same frozen weights have stored.
         budget: bytes that activations may take; None: half of the memory, or nine tenths of the
             disk, that is free. Samples beyond it are computed anew each time.
         dtype: "fp32", "bf16" or "fp16" for activations in store; None: the type they have.
@@ -64,9 +63,9 @@ class PrefixCache:
             depths themselves.
 
     Raises:
-        InvalidValue, InvalidType: arguments out of range, a folder that holds other files or is
-            in use, or several processes (each sees other samples in each epoch).
-        CacheError: the folder cannot be written.
+        InvalidValue, InvalidType: arguments out of range, a folder that holds other files, or
+            several processes of one run (each sees other samples in each epoch).
+        CacheError: the folder cannot be used.
     """
 
     def __init__(
@@ -108,16 +107,16 @@ class PrefixCache:
         self._shared: dict[Any, int] = {}  # of each combination of shapes: a checksum
         self._watch = Watch(self._model, freezer.layers)
         self.off: str | None = None  # why the cache is off for good
-        purpose = {
-            "samples": self.num_samples,
-            "views": self.views,
-            "dtype": self.dtype,
-            "layers": [layer.name for layer in freezer.layers],
-        }
         keys = self.num_samples * self.views
-        store = store_for(where, budget, keys, self._device, purpose)
+        store = store_for(where, budget, keys, self._device)
         self._activations = Activations(
-            store, freezer.layers, self._depths, kept_as, self.stats, self._tell
+            store,
+            freezer.layers,
+            self._depths,
+            kept_as,
+            self.stats,
+            self._tell,
+            _name(self._model),
         )
 
     # --- calling ------------------------------------------------------------------------
@@ -291,10 +290,13 @@ class PrefixCache:
         while True:
             try:
                 return self._visit(plan, batch, numbers, keys, inputs)
-            except Damaged:  # they are dropped now
+            except Damaged as damage:  # they are dropped now
                 self._tell(
-                    "some stored activations are damaged, or laid out in another way; they are "
-                    "computed anew"
+                    str(
+                        damage.__cause__
+                        or "some stored activations are damaged, or laid out in "
+                        "another way; they are computed anew"
+                    )
                 )
 
     def _visit(self, plan: Plan, batch: Batch, numbers: Keys, keys: Keys, inputs: Any) -> Any:
@@ -302,9 +304,7 @@ class PrefixCache:
         held = activations.held(keys, numbers, inputs, depth)
         if (held == depth).all():
             tensors = activations.read(depth, batch, keys)
-            self.stats.hits += batch.size
-            self.freezer.served()
-            return self._serve(plan, batch, tensors)
+            return self._serve(plan, batch, keys, tensors, batch.size)
         fits = activations.make_room(depth, batch, keys, held)
         starts = set(held.tolist())
         if starts == {0} and not fits.any():
@@ -313,31 +313,42 @@ class PrefixCache:
             return self._compute(plan, batch, keys, inputs, int(held[0]), fits)
         return self._mixed(plan, batch, keys, inputs, held, fits)
 
-    def _serve(self, plan: Plan, batch: Batch, tensors: list[Tensor]) -> Any:
-        """The model's output from what is stored."""
-        if not self._is_right(plan, batch, tensors):
+    def _serve(self, plan: Plan, batch: Batch, keys: Keys, tensors: list[Tensor], hits: int) -> Any:
+        """The model's output from what is stored, of `hits` samples before this call."""
+        if not self._is_right(plan, batch, keys, tensors):
             return self._plain(batch.args, batch.kwargs, batch.size)
+        self.stats.hits += hits
+        if hits == batch.size:
+            self.freezer.served()
         try:
             return plan.run(batch, tensors)
         except Exception as error:
             raise self._failed(error) from error
 
-    def _is_right(self, plan: Plan, batch: Batch, tensors: list[Tensor]) -> bool:
+    def _is_right(self, plan: Plan, batch: Batch, keys: Keys, tensors: list[Tensor]) -> bool:
         """Compares what was stored with the real forward pass, if it is the first of its kind to
-        be used. If they differ, the cache is off."""
+        be used, or the first of another process. If they differ, the cache is off; what another
+        process stored is dropped (Damaged)."""
         modes = (self._model.training, torch.is_grad_enabled())
         kind = (plan.depth, modes, batch.is_padded, batch.family)
-        if kind in self._verified:
+        store = self._activations.store
+        strangers = store.strangers(keys)
+        if kind in self._verified and not strangers:
             return True
         begin = time.perf_counter()
         try:
             self._verify(plan, batch, tensors)
         except Unservable as refusal:
+            if strangers:
+                store.distrust(strangers)
+                said = f"what another run has stored is left alone: {refusal}"
+                raise Damaged(keys.tolist()) from Unservable(said)
             self._turn_off(str(refusal))
             return False
         finally:
             self.stats.check_seconds += time.perf_counter() - begin
         self._verified.add(kind)
+        store.trust(strangers)
         return True
 
     def _verify(self, plan: Plan, batch: Batch, tensors: list[Tensor]) -> None:
@@ -389,7 +400,7 @@ class PrefixCache:
             return None, []
         self._activations.check_held(keys, start)
         given = self._activations.read(start, batch, keys)
-        return (before, given) if self._is_right(before, batch, given) else (None, [])
+        return (before, given) if self._is_right(before, batch, keys, given) else (None, [])
 
     def _mixed(
         self, plan: Plan, batch: Batch, keys: Keys, inputs: Any, held: Any, fits: Any
@@ -420,15 +431,14 @@ class PrefixCache:
         rows = np.flatnonzero(held == depth)
         if (activations.store.depths(keys) == depth).all():
             tensors = activations.read(depth, batch, keys)
-            self.stats.hits += len(rows)
-            return self._serve(plan, batch, tensors)
+            return self._serve(plan, batch, keys, tensors, len(rows))
         if len(rows):
             places.append(rows)
             pieces.append(activations.read(depth, batch.rows(rows), keys[rows]))
-            self.stats.hits += len(rows)
         order = torch.from_numpy(np.concatenate(places).argsort()).to(self._device)
         joined = [torch.cat(same).index_select(0, order) for same in zip(*pieces, strict=True)]
-        return self._serve(plan, batch, activations.as_read(depth, batch, joined))
+        joined = activations.as_read(depth, batch, joined)
+        return self._serve(plan, batch, keys, joined, len(rows))
 
     def _keep(
         self, depth: int, batch: Batch, keys: Keys, inputs: Any, fits: Any, tensors: list[Tensor]
@@ -482,10 +492,10 @@ class PrefixCache:
         """Bytes set aside for one sample's record, where all are equally long; 0: not known."""
         return self._depths.record_bytes() if self._depths.is_surveyed else 0
 
-    def close(self, delete: bool = False) -> None:
-        """Give the memory, or the files, back; from here on the model is called as it is.
-        `delete`: the files too."""
-        self._activations.store.close(delete)
+    def close(self) -> None:
+        """Give the memory back; from here on the model is called as it is. What is in a folder
+        stays there, for later runs."""
+        self._activations.store.close()
         self.off = "it was closed"
 
     # --- what is decided once -------------------------------------------------------------
@@ -528,6 +538,12 @@ def _padded(rows: Any, size: int) -> Any:
     step = -(-size // 8)
     missing = min(-len(rows) % step, size - len(rows))
     return np.pad(rows, (0, missing), mode="edge")
+
+
+def _name(model: torch.nn.Module) -> str:
+    """The model's class, and what its weights were loaded from, where it knows."""
+    source = getattr(getattr(model, "config", None), "_name_or_path", None)
+    return type(model).__name__ + (f" ({source})" if source and isinstance(source, str) else "")
 
 
 def _near(one: Tensor, other: Tensor) -> bool:

@@ -65,6 +65,12 @@ class CachedRun:
             "cache_seconds": stats.read_seconds + stats.write_seconds + stats.check_seconds,
         }
 
+    @property
+    def stays(self) -> str | None:
+        """What a run leaves for others, and how to look after it."""
+        folder = self._job.cache_folder
+        return None if folder is None else f"the cache stays there: freezeout cache list {folder}"
+
     def describe(self) -> str:
         """One line for whoever starts a run."""
         depths = self.cache.depths

@@ -252,7 +252,9 @@ class _Loop:
             if (savings := self.savings()) is not None and (line := warning(savings)):
                 display.say(line)
         if self.cached is not None:
-            self.cached.cache.close(delete=True)
+            self.cached.cache.close()
+            if (stays := self.cached.stays) is not None:
+                display.say(stays)
         display.say(f"run folder: {path}")
         return path
 
