@@ -32,6 +32,7 @@ from torch import Tensor
 
 from ..atomic import write_atomically
 from ..errors import CacheError, InvalidValue
+from ..words import size
 from .store import Damaged, Keys, Store, in_memory
 
 ENTRY = np.dtype(
@@ -378,14 +379,27 @@ class Held:
 
     key: str
     about: dict[str, Any]
-    depth: int
     samples: int
     bytes: int
 
+    def __str__(self) -> str:
+        about, depth = self.about, int(self.key.split("-")[1])
+        words = f"the first {depth} layers of {about.get('model', 'a model')}"
+        if isinstance(names := about.get("layers"), list) and 0 < depth <= len(names):
+            words += f", up to {names[depth - 1]}"
+        words += f" ({about['computed']})" if "computed" in about else ""
+        return f"{self.key}: {self.samples:,} samples, {size(self.bytes)}, of {words}"
 
-def contents(path: Path) -> list[Held]:
-    """What a cache's folder holds, by key. OSError if it cannot be read."""
-    return [_held(path / key) for key in _keys(path)]
+
+def contents(path: Path, keys: Sequence[str] = ()) -> list[Held]:
+    """What a cache's folder holds, by key; `keys`: only those that begin so. OSError if it cannot
+    be read; InvalidValue for the beginning of no key, or of several."""
+    held = [_held(path / key) for key in _keys(path)]
+    for key in keys:
+        if (count := sum(each.key.startswith(key) for each in held)) != 1:
+            found = "no key" if not count else f"{count} keys"
+            raise InvalidValue(f"{found} in {path} begin{'s' * (not count)} with {key!r}")
+    return [each for each in held if not keys or each.key.startswith(tuple(keys))]
 
 
 def _held(home: Path) -> Held:
@@ -393,29 +407,19 @@ def _held(home: Path) -> Held:
     with suppress(OSError, ValueError):
         read = json.loads((home / "about.json").read_text())
         about = read if isinstance(read, dict) else {}
-    keys = [np.empty(0, np.int64)]
+    found = [np.empty(0, np.int64)]
     for file in home.glob("*.index"):
         with suppress(OSError):  # it has just been removed
-            keys.append(_Segment(file.with_suffix(""), 0).news()["key"])
-    samples = len(np.unique(np.concatenate(keys)))
-    return Held(home.name, about, int(home.name.split("-")[1]), samples, _size(home))
+            found.append(_Segment(file.with_suffix(""), 0).news()["key"])
+    return Held(home.name, about, len(np.unique(np.concatenate(found))), _size(home))
 
 
 def remove(path: Path, keys: Sequence[str] = ()) -> list[Held]:
-    """Delete what a folder holds under these keys, or their beginnings; all of it, and the folder,
-    if none is given. Returns what went. A process that reads or writes there goes on.
-
-    Raises:
-        InvalidValue: for a key that is not there, or fits several.
-    """
-    held = contents(path)
-    for key in keys:
-        if (count := sum(each.key.startswith(key) for each in held)) != 1:
-            found = "no key of" if not count else f"{count} keys of"
-            raise InvalidValue(f"{key!r} is the beginning of {found} {path}")
-    gone = [h for h in held if not keys or any(h.key.startswith(key) for key in keys)]
+    """Delete what a folder holds under these keys, or all of it and the folder. Returns what went,
+    as `contents`. A process that reads or writes there goes on."""
+    gone = contents(path, keys)
     for each in gone:
-        shutil.rmtree(path / each.key, ignore_errors=True)
+        shutil.rmtree(path / each.key)
     if not keys:
         with suppress(OSError):  # another process has made something there
             path.rmdir()

@@ -248,12 +248,13 @@ def test_what_a_folder_holds_is_listed_and_removed(tmp_path: Path) -> None:
     files(folder, weights="others").write_rows(keys(5), rows(1), 2, keys(5))
     held = contents(folder)
     assert sorted(each.samples for each in held) == [1, 4]
-    assert {each.depth for each in held} == {2}
     assert held[0].about == {"model": "Net", "layers": ["a", "b", "c"]}
+    assert "samples, " in str(held[0])
+    assert str(held[0]).endswith("of the first 2 layers of Net, up to b")
     assert sum(each.bytes for each in held) > 900
-    with pytest.raises(InvalidValue, match="2 keys of"):
+    with pytest.raises(InvalidValue, match="2 keys in"):
         remove(folder, [""])
-    with pytest.raises(InvalidValue, match="no key of"):
+    with pytest.raises(InvalidValue, match="no key in"):
         remove(folder, ["x"])
     store = files(folder)
     assert found(store) == [0, 1, 2, 3]
@@ -264,6 +265,40 @@ def test_what_a_folder_holds_is_listed_and_removed(tmp_path: Path) -> None:
     fill(store)  # goes on
     with pytest.raises(InvalidValue, match="holds other files"):
         files(tmp_path)
+
+
+def test_the_command_lists_and_removes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from freezeout.cli import main
+
+    def run(*words: object) -> tuple[Any, str, str]:
+        try:
+            main(["cache", *map(str, words)])
+            status: Any = 0
+        except SystemExit as end:
+            status = end.code
+        return (status, *capsys.readouterr())
+
+    folder = tmp_path / "cache"
+    fill(files(folder))
+    (key,) = (each.key for each in contents(folder))
+    status, out, err = run("list", folder)
+    assert (status, err) == (0, "")
+    assert out.startswith(f"{key}: 4 samples, ")
+    assert "first 2 layers of Net, up to b" in out
+    assert "held under 1 key\n" in out
+    (tmp_path / "mine.txt").write_text("")
+    for words, said in (
+        (("list", tmp_path / "none"), "there is no folder"),
+        (("remove", tmp_path), "holds other files (cache)"),
+        (("remove", folder, "--key", "x"), "no key in"),
+    ):
+        status, out, err = run(*words)
+        assert (status, out, len(err.splitlines())) == (2, "", 1)
+        assert said in err
+    assert run("remove", folder, "--key", key[:6])[0] == 0
+    assert contents(folder) == []
+    assert run("remove", folder)[0] == 0
+    assert sorted(os.listdir(tmp_path)) == ["mine.txt"]
 
 
 def trained(cache: PrefixCache, model: nn.Module, x: Tensor) -> list[Tensor]:
