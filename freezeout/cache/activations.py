@@ -20,7 +20,7 @@ from .inputs import Batch
 from .layout import Layout
 from .placeholders import Unservable
 from .plan import Plan
-from .stats import CacheStats
+from .stats import CacheStats, Spared
 from .store import Damaged, Keys, Store
 
 
@@ -46,11 +46,13 @@ class Activations:
         self.store = store
         self._depths, self._dtype, self._stats, self._tell = depths, dtype, stats, tell
         self._laps = Laps()
+        self.spared = Spared()
         self._layouts: dict[int, Layout] = {}
         self._fingerprints = Fingerprints(layers)
         self._about = {"model": model, "layers": [layer.name for layer in layers]}
         self.ready: set[int] = set()  # depths that the store was told of
         self._writes = True
+        self._is_full = False
 
     def clear(self) -> None:
         """Drop all of them: they are of other weights."""
@@ -132,10 +134,14 @@ class Activations:
         fits[rest] = self.store.set_aside(keys[rest], needed, room)
         held[self.store.depths(keys) == 0] = 0  # their room was too small
         if not fits.all():
-            self._tell(
-                f"the budget of {self.store.budget:,} bytes is used up; further samples are "
-                "computed anew each time"
-            )
+            if not self._is_full:
+                held = int((self.store.index["depth"] > 0).sum())
+                self._tell(
+                    f"the budget of {self.store.budget:,} bytes is used up with {held:,} of "
+                    f"{len(self.store.index):,} samples stored; further ones are computed anew "
+                    f"each time, {max(needed):,} bytes each"
+                )
+            self._is_full = True
         return fits
 
     def read(self, depth: int, batch: Batch, keys: Keys) -> list[Tensor]:
@@ -172,16 +178,23 @@ class Activations:
             self._tell(f"cannot write to the cache: {what}; nothing more is stored")
         return layout.rounded(tensors)
 
+    def lap(self, name: Any = None) -> None:
+        """Counts the seconds since the last call, on CUDA later and those of the device: as a
+        field of the stats, or as `Spared.computed` (depth, start, samples); None: as nothing."""
+        self._laps.mark(name, self.store.serve_on)
+        for lap, seconds in self._laps.ended():
+            if isinstance(lap, tuple):
+                depth, start, samples = lap
+                self.spared.computed(depth, start, samples, seconds)
+            elif lap is not None:
+                setattr(self._stats, lap, getattr(self._stats, lap) + seconds)
+                self.spared.cost += seconds
+
     @contextmanager
     def _timed(self, name: str) -> Iterator[None]:
-        """Counts the seconds of what happens inside; on CUDA, later, those of the device."""
-        device = self.store.serve_on
-        self._laps.mark(None, device)
+        self.lap()
         yield
-        self._laps.mark(name, device)
-        for lap, seconds in self._laps.ended():
-            if lap is not None:
-                setattr(self._stats, lap, getattr(self._stats, lap) + seconds)
+        self.lap(name)
 
     def emptied(self, plan: Plan, batch: Batch, tensors: list[Tensor]) -> list[Tensor]:
         """These tensors with padding empty as it will be read, and not rounded."""

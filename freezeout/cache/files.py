@@ -267,6 +267,10 @@ class FileStore(Store):
 
     is_reserved = True
 
+    @property
+    def place(self) -> str:
+        return str(self.path)
+
     def reserve(self, total: int) -> None:
         """Nothing: files grow."""
 

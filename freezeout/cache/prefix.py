@@ -2,7 +2,9 @@
 
 import time
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +16,17 @@ from torch.utils._pytree import tree_leaves
 
 from ..errors import CacheError, InvalidType, InvalidValue
 from ..freezer import FreezeOut
-from ..layers.scratch import close, scratch
+from ..layers.scratch import close
 from ..layers.trace import sharded_modules
 from ..values import whole_number
+from ..words import duration, size
 from .activations import Activations, precision
 from .depths import Depths
 from .fingerprint import Watch
 from .inputs import Batch, check_ids
 from .placeholders import Placeholders, Unservable, reason_of
 from .plan import Plan
-from .planning import check_labels, check_padding, check_plan, make_plan
+from .planning import check_labels, check_padding, check_plan, make_plan, real_pass
 from .stats import CacheStats
 from .store import Damaged, Keys
 from .where import store_for
@@ -109,6 +112,7 @@ class PrefixCache:
         self.off: str | None = None  # why the cache is off for good
         keys = self.num_samples * self.views
         store = store_for(where, budget, keys, self._device)
+        freezer.attach(self)
         self._activations = Activations(
             store,
             freezer.layers,
@@ -120,6 +124,32 @@ class PrefixCache:
         )
 
     # --- calling ------------------------------------------------------------------------
+
+    def __repr__(self) -> str:
+        return f"<{self.summary()}>"
+
+    def summary(self) -> str:
+        """What is kept, how often it was served, the seconds that this saved against computing it,
+        and why anything was not cached, in a line."""
+        store, spared = self._activations.store, self._activations.spared
+        held = store.index["depth"][store.index["depth"] > 0]
+        parts = [f"cache in {store.place}"]
+        if len(held):
+            parts[0] += (
+                f": what the first {held.max()} of {len(self.freezer.layers)} layers give of "
+                f"{len(held):,} of {len(store.index):,} samples, {size(self.bytes_held)}"
+            )
+        else:
+            parts[0] += f": nothing of {len(store.index):,} samples"
+        if spared.hits:
+            parts.append(f"served {spared.hits:,} times")
+            if (seconds := spared.seconds) is not None:
+                cost = spared.cost
+                parts.append(
+                    f"{duration(seconds - cost)} saved ({duration(seconds)} of frozen layers "
+                    f"not computed, less {duration(cost)} of reading, writing and checks)"
+                )
+        return "; ".join([*parts, *self.refusals])
 
     def __call__(self, *args: Any, ids: Any, view: Any = 0, **kwargs: Any) -> Any:
         """The model's output for these arguments.
@@ -217,20 +247,18 @@ class PrefixCache:
         plan = self._plans.get(kind)
         if plan is not None and plan.only_size in (None, batch.size):
             return plan if self._is_without_labels(plan, batch) else None
-        begin = time.perf_counter()
         sibling = self._plans.get(family)
         if sibling is not None and sibling.only_size is not None:
             sibling = None
         try:
-            plan = make_plan(
-                self._model, self.freezer.layers, depth, batch, self._placeholders, sibling
-            )
-            self._activations.plan_for(plan, batch)
+            with self._checking():
+                plan = make_plan(
+                    self._model, self.freezer.layers, depth, batch, self._placeholders, sibling
+                )
+                self._activations.plan_for(plan, batch)
         except Unservable as refusal:
             self._refuse(depth, batch, str(refusal))
             return None
-        finally:
-            self.stats.check_seconds += time.perf_counter() - begin
         self._plans[kind] = plan
         if plan.only_size is None:
             self._plans.setdefault(family, plan)
@@ -318,6 +346,7 @@ class PrefixCache:
         if not self._is_right(plan, batch, keys, tensors):
             return self._plain(batch.args, batch.kwargs, batch.size)
         self.stats.hits += hits
+        self._activations.spared.served(plan.depth, hits)
         if hits == batch.size:
             self.freezer.served()
         try:
@@ -335,9 +364,9 @@ class PrefixCache:
         strangers = store.strangers(keys)
         if kind in self._verified and not strangers:
             return True
-        begin = time.perf_counter()
         try:
-            self._verify(plan, batch, tensors)
+            with self._checking():
+                self._verify(plan, batch, tensors)
         except Unservable as refusal:
             if strangers:
                 store.distrust(strangers)
@@ -345,8 +374,6 @@ class PrefixCache:
                 raise Damaged(keys.tolist()) from Unservable(said)
             self._turn_off(str(refusal))
             return False
-        finally:
-            self.stats.check_seconds += time.perf_counter() - begin
         self._verified.add(kind)
         store.trust(strangers)
         return True
@@ -355,17 +382,19 @@ class PrefixCache:
         """Unservable unless the stored tensors are the real ones, up to summation order and the
         type they are stored in, and the model does the same with real ones bit for bit."""
         exact = self._activations.is_exact(plan.depth)
-        with scratch(self._model):
-            real = plan.prefix(batch)
+        lap = self._activations.lap
+        lap()
+        reached = partial(lap, (plan.depth, 0, batch.size))
+        real, *rest = real_pass(plan, self._model, batch, reached)
         if batch.is_padded:
-            check_padding(plan, self._model, batch, real)
+            check_padding(plan, self._model, batch)
         rounded = self._activations.as_read(plan.depth, batch, real)
         for stored, computed in zip(tensors, rounded, strict=True):
             same = close if exact else _near
             if not same(stored, computed):
                 raise Unservable("what is stored is not what the frozen layers compute")
         whole = rounded if exact else self._activations.emptied(plan, batch, real)
-        check_plan(plan, self._model, batch, whole)
+        check_plan(plan, self._model, batch, whole, (rest[0], rest[1]))
 
     def _compute(
         self, plan: Plan, batch: Batch, keys: Keys, inputs: Any, start: int, fits: Any
@@ -374,12 +403,15 @@ class PrefixCache:
         passes the frontier is stored."""
 
         def take(tensors: list[Tensor]) -> list[Tensor]:
+            self._activations.lap((plan.depth, start, batch.size))
             return self._keep(plan.depth, batch, keys, inputs, fits, tensors)
 
         before, given = self._earlier(start, batch, keys)
         if self.off is not None:
             return self._plain(batch.args, batch.kwargs, batch.size)
+        self._activations.lap()
         if before is None:
+            start = 0
             self.stats.misses += batch.size
             with plan.capture(take):
                 return self._model(*batch.args, **batch.kwargs)
@@ -416,7 +448,9 @@ class PrefixCache:
             group, few = batch.rows(more), keys[more]
             before, given = self._earlier(int(start), group, few)
             try:
+                activations.lap()
                 tensors = plan.prefix(group, before, given)
+                activations.lap((depth, 0 if before is None else int(start), group.size))
             except Exception as error:
                 raise self._failed(error) from error
             tensors = self._keep(depth, group, few, inputs[more], fits[more], tensors)
@@ -483,6 +517,11 @@ class PrefixCache:
         return sorted(self._told)
 
     @property
+    def num_held(self) -> int:
+        """Of how many samples, or views of them, there is a stored activation."""
+        return int((self._activations.store.index["depth"] > 0).sum())
+
+    @property
     def bytes_held(self) -> int:
         """Bytes of all stored activations."""
         return self._activations.store.bytes_held
@@ -510,11 +549,21 @@ class PrefixCache:
 
     def _decide(self, batch: Batch) -> None:
         """Measure, once, and choose the depths."""
-        begin = time.perf_counter()
-        reason = self._depths.decide(batch, self._activations.store)
+        with self._checking():
+            reason = self._depths.decide(batch, self._activations.store)
         if reason is not None:
             self._turn_off(reason)
-        self.stats.check_seconds += time.perf_counter() - begin
+
+    @contextmanager
+    def _checking(self) -> Iterator[None]:
+        """Counts the seconds of what happens inside."""
+        begin = time.perf_counter()
+        try:
+            yield
+        finally:
+            seconds = time.perf_counter() - begin
+            self.stats.check_seconds += seconds
+            self._activations.spared.cost += seconds
 
     @property
     def depths(self) -> list[int] | None:

@@ -67,6 +67,11 @@ class Store:
         self._bytes = room
 
     @property
+    def place(self) -> str:
+        """Where they lie, in words."""
+        return "memory" if self.device.type == "cpu" else f"the memory of {self.device}"
+
+    @property
     def is_reserved(self) -> bool:
         return len(self._bytes) > 0
 

@@ -53,6 +53,12 @@ class CachedRun:
         ids = self._ids[1][batch * size : (batch + 1) * size]
         return partial(self.cache, ids=ids, view=self.view(epoch))
 
+    @property
+    def progress(self) -> str:
+        """How much is stored, for the live line."""
+        keys = self.cache.num_samples * self.cache.views
+        return f"  cached {self.cache.num_held / keys:.0%}" if self.cache.num_held else ""
+
     def row(self) -> dict[str, Any]:
         """For the epoch's line of metrics."""
         stats = self.cache.stats.take()

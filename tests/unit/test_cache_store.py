@@ -2,8 +2,10 @@
 
 import doctest
 import errno
+import gc
 import os
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -491,7 +493,7 @@ def test_what_was_decided_is_saved_and_of_the_same_layers_only() -> None:
 
 def test_the_break_even_is_as_its_examples_say() -> None:
     result = doctest.testmod(freezeout.cache.pays)
-    assert (result.failed, result.attempted) == (0, 4)
+    assert (result.failed, result.attempted) == (0, 6)
 
 
 @pytest.mark.parametrize(("total", "samples"), [(100, 8 * 50), (1000, 8 * 500)])
@@ -529,7 +531,31 @@ def test_groups_have_few_sizes() -> None:
 def test_a_cache_that_would_not_pay_stays_off() -> None:
     model, freezer, x = frozen()
     cache = PrefixCache(freezer, 8, depths="auto")
-    with pytest.warns(UserWarning, match="would not save time"):
+    with pytest.warns(UserWarning, match="would not save time here: (storing|reading)"):
         outputs = trained(cache, model, x)
     assert torch.equal(outputs[0], model(x[:4]))
     assert (cache.stats.bypassed, cache.depths) == (8, [])
+
+
+def test_a_cache_says_what_it_keeps_what_that_saved_and_why_not_more(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(*(nn.Linear(400, 400) for _ in range(5))), torch.randn(8, 400)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    freezer = FreezeOut(model, optimizer, 100, schedule=Frozen(4), example_inputs=x)
+    cache = PrefixCache(freezer, 10, where=tmp_path, depths="all", budget=10**6)
+    assert str(cache) == f"<cache in {tmp_path}: nothing of 10 samples>"
+    for _ in range(3):
+        trained(cache, model, x)
+    cache.stats.take()  # the summary is of the whole run
+    held = f"cache in {tmp_path}: what the first 4 of 5 layers give of 8 of 10 samples, 12.5 KiB"
+    assert cache.summary().startswith(f"{held}; served 16 times; ")
+    assert re.search(r"s saved \(.* s of frozen layers not computed, less .* s of", repr(cache))
+    assert cache.summary() in freezer.summary()
+    budget = PrefixCache(freezer, 10, depths="all", budget=1600 * 5)
+    with pytest.warns(UserWarning, match="budget of 8,000 bytes is used up with 4 of 10 samples"):
+        trained(budget, model, x)
+    assert "further ones are computed anew each time, 1,600 bytes each" in budget.summary()
+    assert cache.num_held == 8
+    del budget
+    gc.collect()
+    assert "8,000" not in freezer.summary()
