@@ -96,14 +96,22 @@ class Batch:
 
     @cached_property
     def few(self) -> "Batch":
-        """Some of the samples, the shortest and the longest sequence among them: enough for what
-        does not depend on how many there are, or on their values."""
-        if self.size <= _FEW:
+        """Some of the samples, the shortest and the longest sequence first: enough for what does
+        not depend on how many there are, or on their values."""
+        return self._first(_FEW)
+
+    @cached_property
+    def pair(self) -> "Batch":
+        """The first two of them."""
+        return self._first(2)
+
+    def _first(self, count: int) -> "Batch":
+        if self.size <= count:
             return self
         ends = [0, 1]
         if self.lengths is not None:
             ends = [int(self.lengths.argmin()), int(self.lengths.argmax())]
-        return self.rows(list(dict.fromkeys([*ends, *range(_FEW)]))[:_FEW])
+        return self.rows(list(dict.fromkeys([*ends, *range(count)]))[:count])
 
     @cached_property
     def shared(self) -> tuple[Any, int]:

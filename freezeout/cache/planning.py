@@ -38,18 +38,18 @@ def make_plan(
         Unservable: with the reason.
     """
     frozen = {module for layer in layers[:depth] for module in layer.modules}
-    whole, batch = batch, batch.few
     real = Recorder(model, frozen)
     if sibling is not None:
         with scratch(model):
-            real.record(batch, stop_after=len(sibling.calls))
-        calls = _scaled(real.calls, sibling, batch.size)
+            real.record(batch.pair, stop_after=len(sibling.calls))
+        calls = _scaled(real.calls, sibling, batch.pair.size)
         if calls is not None:
             plan = _plan(model, layers, depth, calls, None, sibling.draws, placeholders)
             plan.labels_checked = sibling.labels_checked
             return plan
         real = Recorder(model, frozen)
     _check_modules(model, frozen)
+    whole, batch = batch, batch.few
     with scratch(model):
         real.record(batch)
     if not real.calls:
@@ -103,7 +103,7 @@ def check_labels(plan: Plan, model: nn.Module, batch: Batch) -> None:
 def check_padding(plan: Plan, model: nn.Module, batch: Batch) -> None:
     """Unservable if what frozen layers give for a sequence depends on what it is padded with: then
     it would depend on the batch."""
-    batch = batch.few
+    batch = batch.pair
     with scratch(model):
         reached = [plan.prefix(each) for each in (batch, batch.with_other_padding())]
     for one, two in zip(*reached, strict=True):
