@@ -335,23 +335,16 @@ class FileStore(Store):
 
     def _read(self, keys: Keys, places: Sequence[Any]) -> None:
         """Damaged if a record is not what was written, as far as can be told."""
-        wrong = []
-        entries, numbers = self.index[keys].tolist(), self._of[keys].tolist()
-        names = [*self.index.dtype.names].index
-        depth, crc, offset, value = (names(n) for n in ("depth", "crc", "offset", "input"))
-        unread = self._unread[keys].tolist()
-        for key, entry, number, place, is_new in zip(
-            keys.tolist(), entries, numbers, places, unread, strict=True
-        ):
-            whole = entry[names("bytes")] == len(place)
-            whole = whole and self._segments[number].read(entry[offset], place.data)
-            if not whole or (
-                is_new and _checksum(place.data, key, entry[value], entry[depth]) != entry[crc]
-            ):
-                wrong.append(key)
-        if wrong:
-            self.drop(np.array(wrong))
-            raise Damaged(wrong)
+        entries, segments = self.index[keys], self._segments
+        whole = entries["bytes"] == [len(place) for place in places]
+        where = zip(self._of[keys].tolist(), entries["offset"].tolist(), places, strict=True)
+        whole &= [segments[number].read(offset, place.data) for number, offset, place in where]
+        for i in np.flatnonzero(self._unread[keys] & whole).tolist():
+            key, value, depth = int(keys[i]), int(entries["input"][i]), int(entries["depth"][i])
+            whole[i] = _checksum(places[i].data, key, value, depth) == entries["crc"][i]
+        if not whole.all():
+            self.drop(keys[~whole])
+            raise Damaged(keys[~whole].tolist())
         self._unread[keys] = False
 
     def clear(self) -> None:
