@@ -61,7 +61,7 @@ class _Segment:
     """The records that one process has added for one key."""
 
     def __init__(self, path: Path, depth: int, is_own: bool = False) -> None:
-        self.path, self.depth = path, depth
+        self.path, self.depth, self.process = path, depth, os.getpid()
         # Own records are compared with the real forward pass like those in memory.
         self.is_trusted = is_own
         self.end = self.entries = 0  # bytes written, or entries read
@@ -237,12 +237,15 @@ class FileStore(Store):
             return changed
         for each in self._open:
             self._look(each)
-        self._set_apart(keys[(index["depth"][keys] > 0) & (index["input"][keys] != inputs)])
+        held, other = index["depth"][keys], index["input"][keys] != inputs
+        self._set_apart(keys[(held > 0) & (other | (held > depth))])
         for key, value in zip(keys.tolist(), inputs.tolist(), strict=True):
-            for each in sorted(self._open, reverse=True):
-                if index["depth"][key] < each <= depth and self._others.get((each, key, value)):
-                    number, entry = self._others[each, key, value].pop()
+            for each in range(depth, int(index["depth"][key]), -1):
+                if further := self._others.get((each, key, value)):
+                    self._set_apart(np.array([key] if index["depth"][key] else [], np.int64))
+                    number, entry = further.pop()
                     self._use(key, number, entry, each)
+                    break
         return changed
 
     # --- whose they are -----------------------------------------------------------------
@@ -304,7 +307,7 @@ class FileStore(Store):
         self._unread[keys] = False
 
     def _own_segment(self, depth: int) -> tuple[int, _Segment]:
-        if depth not in self._own:
+        if depth not in self._own or self._own[depth].process != os.getpid():  # a fork
             begin, end, about = self._open[depth]
             home = self.path / f"{begin}{end}"
             home.mkdir(parents=True, exist_ok=True)

@@ -196,6 +196,35 @@ def test_a_changed_byte_is_noticed_and_another_record_of_it_found(tmp_path: Path
     assert torch.equal(store.read_rows(keys(2)), data[2:3])
 
 
+def test_depths_in_turn_are_found_again_and_not_stored_again(tmp_path: Path) -> None:
+    """Batches of one kind may be served at a depth that others are not."""
+    store, sizes = files(tmp_path), []
+    for _ in range(4):
+        for depth in (2, 3):
+            missing = [key for key in range(4) if key not in found(store, depth)]
+            if missing:
+                data = rows(4, seed=depth)[missing]
+                store.write_rows(keys(*missing), data, depth, keys(*missing))
+            assert torch.equal(store.read_rows(keys(0, 1, 2, 3)), rows(4, seed=depth))
+        sizes.append(store.bytes_set_aside)
+    assert sizes[1] == sizes[2] == sizes[3] <= 3 * 4 * 140 + 200
+    assert found(files(tmp_path), 2) == found(files(tmp_path), 3) == [0, 1, 2, 3]
+
+
+def test_a_fork_writes_files_of_its_own(tmp_path: Path) -> None:
+    store = files(tmp_path)
+    fill(store)
+    if (child := os.fork()) == 0:
+        store.write_rows(keys(4), rows(1, seed=4), 2, keys(4))
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+    store.write_rows(keys(5), rows(1, seed=5), 2, keys(5))
+    other = files(tmp_path)
+    assert not other.find(keys(4, 5), keys(4, 5), 2).any()
+    assert torch.equal(other.read_rows(keys(4)), rows(1, seed=4))
+    assert torch.equal(other.read_rows(keys(5)), rows(1, seed=5))
+
+
 def test_what_another_process_stored_can_be_distrusted(tmp_path: Path) -> None:
     mine, other, reader = files(tmp_path), files(tmp_path), files(tmp_path)
     data = fill(other)
