@@ -50,25 +50,32 @@ def read(path: Path) -> tuple[list[str], Tensor]:
 
 
 class Batches:
-    """Token ids, cut at `longest` and padded to a multiple of 16, in batches of `size` texts; drawn
-    at random, or, if `alike`, of about the same length: sorted among every 16 batches."""
+    """Token ids, cut at `longest` and padded to a multiple of `multiple`, in batches of `size`
+    texts; drawn at random, or, if `alike`, of about the same length: sorted among every 16
+    batches."""
 
     def __init__(
-        self, texts: list[str], labels: Tensor, longest: int, size: int = 32, alike: bool = False
+        self,
+        texts: list[str],
+        labels: Tensor,
+        longest: int,
+        size: int = 32,
+        alike: bool = False,
+        multiple: int = 16,
     ) -> None:
         import transformers
 
         tokenizer = transformers.AutoTokenizer.from_pretrained(pretrained())
         self.tokens = tokenizer(texts, truncation=True, max_length=longest)["input_ids"]
         self.labels, self.pad, self.size = labels, tokenizer.pad_token_id, size
-        self.count, self.alike = len(texts), alike
+        self.count, self.alike, self.multiple = len(texts), alike, multiple
 
     def __len__(self) -> int:
         return -(-self.count // self.size)
 
     def inputs(self, chosen: list[int]) -> dict[str, Tensor]:
         """What the model takes, of these texts."""
-        length = -(-max(len(self.tokens[i]) for i in chosen) // 16) * 16
+        length = -(-max(len(self.tokens[i]) for i in chosen) // self.multiple) * self.multiple
         ids = torch.full((len(chosen), length), self.pad)
         mask = torch.zeros(len(chosen), length, dtype=torch.int64)
         for row, i in enumerate(chosen):

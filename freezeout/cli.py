@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from .errors import FreezeOutError, InvalidValue
+from .words import size
 
 try:
     import tyro
@@ -103,12 +104,40 @@ def report(folder: tyro.conf.Positional[Path], out: Path | None = None) -> None:
     print(f"report: {page}")
 
 
+def cache(
+    action: tyro.conf.Positional[Literal["list", "remove"]],
+    folder: tyro.conf.Positional[Path],
+    key: tuple[str, ...] = (),
+) -> None:
+    """List or remove what runs have kept of their frozen layers in a folder (--cache FOLDER of
+    train, or where=FOLDER of PrefixCache).
+
+    Args:
+        action: list: which model, how many of its layers, samples, bytes; remove: delete.
+        folder: of the cache.
+        key: Only what has a key, as `list` shows it, that begins so. Without, remove deletes the
+            folder.
+    """
+    from .cache import files  # torch is loaded here, not for --help
+
+    if not folder.is_dir():
+        raise InvalidValue(f"there is no folder {folder}")
+    files.check_folder(folder)
+    remove = action == "remove"
+    chosen = files.remove(folder, key) if remove else files.contents(folder, key)
+    for held in chosen:
+        print(held)
+    total = size(sum(held.bytes for held in chosen))
+    done, s = "removed" if remove else "held", "s" * (len(chosen) != 1)
+    print(f"{folder}: {total} {done} under {len(chosen)} key{s}")
+
+
 def main(argv: list[str] | None = None) -> None:
     """Run the command. Exit status: 0 done, 2 for a mistake in what it was given (one line says
     which), 128 + the signal's number when stopped."""
     words = sys.argv[1:] if argv is None else argv
     app = tyro.extras.SubcommandApp()
-    commands: list[Callable[..., None]] = [train, estimate, sweep, report]
+    commands: list[Callable[..., None]] = [train, estimate, sweep, report, cache]
     for command in commands:
         app.command(command)
     warnings.showwarning = _show_warning

@@ -1,6 +1,7 @@
 """`FreezeOut`: a plan of what trains when, applied to a model's layers and to its optimizers."""
 
 import warnings
+import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from inspect import signature
 from operator import attrgetter
@@ -138,6 +139,7 @@ class FreezeOut:
         self._factors_at: tuple[int, int] | None = None
         self._factors: tuple[float, ...] = ()
         self.times = StepTimes()
+        self._caches: list[Any] = []  # weak references
         self._frozen_parameters: tuple[nn.Parameter, ...] = ()
         self._told: set[str] = set()
         # What may raise comes before what leaves marks on the optimizers and the model.
@@ -331,6 +333,10 @@ class FreezeOut:
             self._apply(after)
         return self.layers[min(before, after) : max(before, after)]
 
+    def attach(self, cache: Any) -> None:
+        """For caches: `summary()` says what that of the cache does, as long as it is there."""
+        self._caches.append(weakref.ref(cache))
+
     def served(self) -> None:
         """For caches: in the step that goes on, what frozen layers compute was read and not
         computed, so its duration is one of its own kind."""
@@ -509,7 +515,8 @@ class FreezeOut:
             words = [f"{size(count)} of {kind}" for kind, count in kinds.items() if count]
             if words:
                 parts.append(f"a step takes {_joined(words)} less")
-        return "; ".join(parts)
+        caches = [cache for each in self._caches if (cache := each()) is not None]
+        return "; ".join([*parts, *(cache.summary() for cache in caches)])
 
     def __str__(self) -> str:
         """A table of the layers: parameters, freeze step, learning rate; `lr` is the optimizer's,

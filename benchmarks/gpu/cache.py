@@ -208,7 +208,7 @@ def stores(
         yield caches
     finally:
         for cache in caches.values():
-            cache.close(delete=True)
+            cache.close()
 
 
 def _difference(one: Turns, other: Turns) -> float:

@@ -1,5 +1,6 @@
 """The activations of a data set's samples, in a store, at the depths at which they were taken."""
 
+import errno
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -13,14 +14,14 @@ from ..errors import CacheError, InvalidValue
 from ..layers import Layer
 from ..words import first_line
 from .depths import Depths
-from .files import Damaged, FileStore
+from .files import FileStore
 from .fingerprint import Fingerprints
 from .inputs import Batch
 from .layout import Layout
 from .placeholders import Unservable
 from .plan import Plan
-from .stats import CacheStats
-from .store import Keys, Store
+from .stats import CacheStats, Spared
+from .store import Damaged, Keys, Store
 
 
 class Activations:
@@ -29,6 +30,7 @@ class Activations:
     Args:
         dtype: of activations in store; None: the type they have.
         tell: is given what a user should know.
+        model: its name, for a user.
     """
 
     def __init__(
@@ -39,14 +41,18 @@ class Activations:
         dtype: torch.dtype | None,
         stats: CacheStats,
         tell: Callable[[str], None],
+        model: str,
     ) -> None:
         self.store = store
         self._depths, self._dtype, self._stats, self._tell = depths, dtype, stats, tell
         self._laps = Laps()
+        self.spared = Spared()
         self._layouts: dict[int, Layout] = {}
         self._fingerprints = Fingerprints(layers)
+        self._about = {"model": model, "layers": [layer.name for layer in layers]}
         self.ready: set[int] = set()  # depths that the store was told of
         self._writes = True
+        self._is_full = False
 
     def clear(self) -> None:
         """Drop all of them: they are of other weights."""
@@ -64,7 +70,8 @@ class Activations:
         known = self._layouts.setdefault(plan.depth, layout)
         if known.describe() != layout.describe():
             raise Unservable("what the frozen layers return has another shape than before")
-        self.store.check_layout(plan.depth, layout.describe())
+        if plan.depth in self.ready:
+            self._open(plan.depth)
 
     def begin(self, depth: int, batch: Batch, frozen: int) -> None:
         """Open the store for a depth, `frozen` layers being frozen. CacheError if it cannot be."""
@@ -77,36 +84,39 @@ class Activations:
                 store.reserve(len(store.index) * self._depths.record_bytes(longest))
             except (RuntimeError, MemoryError) as error:  # of a device, or the computer
                 raise CacheError(f"no memory for the cache: {first_line(error)}") from error
-        if not self.ready:  # what another process has left
-            for other in sorted({int(d) for d in np.unique(store.index["depth"])} - {0, depth}):
-                if other <= frozen and store.resume_depth(other, self._fingerprint(other)):
-                    self.ready.add(other)
-        store.begin_depth(depth, self._fingerprint(depth), self._layouts[depth].describe())
-        self.ready.add(depth)
-        if store.news is not None:
-            self._tell(store.news)
-            store.news = None
+        # What other processes have left at earlier depths is gone on from.
+        for each in range(1, min(depth, frozen + 1)):
+            if each in self._depths and each not in self.ready:
+                self._open(each)
+        self._open(depth)
 
-    def _fingerprint(self, depth: int) -> str:
-        if not isinstance(self.store, FileStore):
-            return ""
-        device = self.store.serve_on.type
-        return f"{self._fingerprints.at(depth)} {precision(device)} torch {torch.__version__}"
+    def _open(self, depth: int) -> None:
+        self.ready.add(depth)
+        if isinstance(self.store, FileStore):
+            device = self.store.serve_on.type
+            computed = f"{device}, {precision(device)}, torch {torch.__version__}"
+            layout = self._layouts.get(depth)
+            about = self._about | {"depth": depth, "computed": computed}
+            self.store.open_depth(
+                depth,
+                f"{self._fingerprints.at(depth)} {computed}",
+                None if layout is None else layout.describe(),
+                about,
+            )
 
     def held(self, keys: Keys, numbers: Keys, inputs: Any, depth: int) -> Any:
         """The depth of each key's record, at most `depth`; 0 where there is none, or none of use.
         InvalidValue if a record is of another input."""
         if len(set(keys.tolist())) != len(keys):
             _check_repeated(numbers, keys, inputs)
-        held = self.store.depths(keys).copy()
-        changed = np.flatnonzero((held > 0) & (self.store.index["input"][keys] != inputs))
+        changed = np.flatnonzero(self.store.find(keys, inputs, depth))
         if len(changed):
-            self.store.compare(keys[changed])  # damage comes first
             raise InvalidValue(
                 f"the input of sample {numbers[changed[0]]} is not what it was when its "
                 "activation was stored: the data set changed, ids name other samples than before, "
                 "or augmentation is random (pass view=, of a finite set, or view=None)"
             )
+        held = self.store.depths(keys).copy()
         for start in set(held.tolist()) - {0}:
             if start > depth or start not in self.ready:
                 held[held == start] = 0
@@ -118,14 +128,20 @@ class Activations:
             return np.zeros(batch.size, bool)
         layout, lengths = self._layouts[depth], _lengths(batch)
         sizes = {n: (layout.bytes_of(n), self._depths.record_bytes(n)) for n in set(lengths)}
-        needed, room = zip(*(sizes[length] for length in lengths), strict=True)
-        fits = self.store.set_aside(keys, needed, room)
+        fits = held == depth
+        rest = np.flatnonzero(~fits)
+        needed, room = zip(*(sizes[lengths[i]] for i in rest.tolist()), strict=True)
+        fits[rest] = self.store.set_aside(keys[rest], needed, room)
         held[self.store.depths(keys) == 0] = 0  # their room was too small
         if not fits.all():
-            self._tell(
-                f"the budget of {self.store.budget:,} bytes is used up; further samples are "
-                "computed anew each time"
-            )
+            if not self._is_full:
+                held = int((self.store.index["depth"] > 0).sum())
+                self._tell(
+                    f"the budget of {self.store.budget:,} bytes is used up with {held:,} of "
+                    f"{len(self.store.index):,} samples stored; further ones are computed anew "
+                    f"each time, {max(needed):,} bytes each"
+                )
+            self._is_full = True
         return fits
 
     def read(self, depth: int, batch: Batch, keys: Keys) -> list[Tensor]:
@@ -158,19 +174,27 @@ class Activations:
                     self.store.write_rows(keys[rows], chosen, depth, inputs[rows])
         except OSError as error:
             self._writes = False
-            self._tell(f"cannot write to the cache ({error.strerror}); nothing more is stored")
+            what = "the disk is full" if error.errno == errno.ENOSPC else error.strerror
+            self._tell(f"cannot write to the cache: {what}; nothing more is stored")
         return layout.rounded(tensors)
+
+    def lap(self, name: Any = None) -> None:
+        """Counts the seconds since the last call, on CUDA later and those of the device: as a
+        field of the stats, or as `Spared.computed` (depth, start, samples); None: as nothing."""
+        self._laps.mark(name, self.store.serve_on)
+        for lap, seconds in self._laps.ended():
+            if isinstance(lap, tuple):
+                depth, start, samples = lap
+                self.spared.computed(depth, start, samples, seconds)
+            elif lap is not None:
+                setattr(self._stats, lap, getattr(self._stats, lap) + seconds)
+                self.spared.cost += seconds
 
     @contextmanager
     def _timed(self, name: str) -> Iterator[None]:
-        """Counts the seconds of what happens inside; on CUDA, later, those of the device."""
-        device = self.store.serve_on
-        self._laps.mark(None, device)
+        self.lap()
         yield
-        self._laps.mark(name, device)
-        for lap, seconds in self._laps.ended():
-            if lap is not None:
-                setattr(self._stats, lap, getattr(self._stats, lap) + seconds)
+        self.lap(name)
 
     def emptied(self, plan: Plan, batch: Batch, tensors: list[Tensor]) -> list[Tensor]:
         """These tensors with padding empty as it will be read, and not rounded."""
@@ -197,7 +221,8 @@ class Activations:
 def precision(device: str) -> str:
     """What numbers a forward pass on this kind of device computes in, in words."""
     autocast = torch.is_autocast_enabled(device)
-    return str(torch.get_autocast_dtype(device) if autocast else "no autocast")
+    words = f"autocast to {torch.get_autocast_dtype(device)}" if autocast else "no autocast"
+    return f"{words}, products in {torch.get_float32_matmul_precision()}"
 
 
 def _lengths(batch: Batch) -> list[int]:

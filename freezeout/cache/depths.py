@@ -11,7 +11,7 @@ from ..freezer import FreezeOut
 from ..values import whole_number
 from .files import FileStore
 from .inputs import Batch
-from .pays import Survey, best_depths, measure_store, survey
+from .pays import Survey, best_depths, measure_store, survey, why_none
 from .store import ALIGNMENT, Store
 
 
@@ -60,9 +60,9 @@ class Depths:
         is_open = self.chosen is None and self._asked == "auto"
         if is_open and max(self._visits(batch, store)[1:], default=0) <= 1:
             self.chosen = frozenset()  # nothing has to be measured
-            return "samples do not come back once layers are frozen"
+            return "samples do not come back once layers are frozen; freeze earlier or train longer"
         self._time = batch.time if batch.lengths is not None else 0
-        self._survey = survey(freezer.model, freezer.layers, batch, store.serve_on)
+        self._survey = survey(freezer.model, freezer.layers, batch, store.serve_on, is_open)
         if self.chosen is not None:
             return None
         keys, count = len(store.index), len(freezer.layers)
@@ -76,14 +76,16 @@ class Depths:
         else:
             # Where the run never stands, nothing would be served; but another frontier may do.
             stands = [s if d in freezer.timeline.depths else None for d, s in enumerate(fitting)]
-            self.chosen = frozenset(self._paying(batch, stands if any(stands) else fitting, store))
+            given = self._measured(batch, stands if any(stands) else fitting, store)
+            self.chosen = frozenset(best_depths(*given))
+            if not self.chosen and any(fitting):
+                return f"by measurement it would not save time here: {why_none(*given)}"
         if self.chosen:
             return None
-        if self._asked == "auto":
-            return "by measurement it would not save time here"
         return "no frozen layer's output has a row for each sample"
 
-    def _paying(self, batch: Batch, sizes: list[int | None], store: Store) -> list[int]:
+    def _measured(self, batch: Batch, sizes: list[int | None], store: Store) -> Any:
+        """What `best_depths` takes."""
         assert self._survey is not None
         keys = len(store.index)
         folder = store.path if isinstance(store, FileStore) else None
@@ -92,13 +94,12 @@ class Depths:
             for size in {s for s in sizes if s}
         }
         costs = [measured[size] if size else None for size in sizes]
-        visits = self._visits(batch, store)
-        batches = keys / batch.size
-        return best_depths(self._survey.seconds, costs, visits, batches)
+        return self._survey.seconds, costs, self._visits(batch, store), keys / batch.size
 
     def _visits(self, batch: Batch, store: Store) -> list[float]:
         """How often each key is seen once the first 0 ... n - 1 layers are frozen: in whole passes
-        over the data, since views may change between two of them only."""
+        over the data, since views may change between two of them only. What lies in a folder
+        another run will see, too."""
         freezer, views = self._freezer, len(store.index) / self._samples
         if freezer.total_steps is None:  # as long as it takes
             reached = max(freezer.timeline.depths)
@@ -106,7 +107,8 @@ class Depths:
         counts = freezer.timeline.counts(start=freezer.step_count)
         at_least = [sum(counts[depth:]) for depth in range(len(counts))]
         steps = self._samples / batch.size  # of a pass
-        return [count // steps / views for count in at_least]
+        others = int(isinstance(store, FileStore))
+        return [count // steps / views + others for count in at_least]
 
     @property
     def reached(self) -> list[int]:

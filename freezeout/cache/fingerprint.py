@@ -2,9 +2,11 @@
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
 
 from ..layers import Layer
 
@@ -15,8 +17,26 @@ def tensors_of(layer: Layer) -> list[Tensor]:
     return [*layer.parameters, *buffers]
 
 
+def _options(module: nn.Module) -> list[tuple[str, Any]]:
+    """What a module was built with, as far as plain values tell: strides, numbers of heads. Not
+    its rate of dropout, which is without effect where it is frozen."""
+    if isinstance(module, _DropoutNd):
+        return []
+    return [
+        (name, value)
+        for name, value in sorted(vars(module).items())
+        if name[:1] != "_" and name != "training" and _is_plain(value)
+    ]
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, tuple):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, bool | int | float | str)
+
+
 class Fingerprints:
-    """SHA-256 of the first layers' weights, one a depth, each computed once."""
+    """SHA-256 of the first layers' weights and options, one a depth, each computed once."""
 
     def __init__(self, layers: Sequence[Layer]) -> None:
         self._layers = layers
@@ -28,6 +48,8 @@ class Fingerprints:
             digest = hashlib.sha256(self._found[-1])
             layer = self._layers[len(self._found) - 1]
             digest.update(layer.name.encode())
+            for module in layer.modules:
+                digest.update(repr((type(module).__qualname__, _options(module))).encode())
             for tensor in tensors_of(layer):
                 digest.update(f"{tuple(tensor.shape)} {tensor.dtype}".encode())
                 flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)

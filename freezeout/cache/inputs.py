@@ -14,6 +14,7 @@ from ..versions import Structure
 from .placeholders import Unservable
 
 _LOOKED_AT = 32 << 10  # bytes of a sample that its checksum covers: all, or evenly spread
+_FEW = 5  # samples that stand for a batch: a number that few sizes inside a model have
 _CHANNELS = 64  # of each token of a sequence that are looked at: all, or evenly spread
 _MASK = "attention_mask"
 _LABELS = ("labels", "label", "label_ids", "targets", "target", "next_sentence_label")
@@ -32,12 +33,19 @@ class Batch:
         family: equal for two batches that may differ in sizes as well.
     """
 
-    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any], size: int) -> None:
+    def __init__(
+        self,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        size: int,
+        rows: list[bool] | None = None,
+    ) -> None:
         self.args, self.kwargs, self.size = args, kwargs, size
         pairs, self._tree = tree_flatten_with_path((args, kwargs))
         self._names = [str(getattr(path[-1], "key", "")) if path else "" for path, _ in pairs]
         self._leaves = [leaf for _, leaf in pairs]
-        self._rows = [
+        # Which of them have a row for each sample; in a part of a batch, those that have in it.
+        self._rows = rows or [
             isinstance(leaf, Tensor) and leaf.ndim > 0 and leaf.shape[0] == size
             for leaf in self._leaves
         ]
@@ -84,7 +92,26 @@ class Batch:
             for leaf, has_rows in zip(self._leaves, self._rows, strict=True)
         ]
         args, kwargs = tree_unflatten(leaves, self._tree)
-        return Batch(args, kwargs, len(index))
+        return Batch(args, kwargs, len(index), self._rows)
+
+    @cached_property
+    def few(self) -> "Batch":
+        """Some of the samples, the shortest and the longest sequence first: enough for what does
+        not depend on how many there are, or on their values."""
+        return self._first(_FEW)
+
+    @cached_property
+    def pair(self) -> "Batch":
+        """The first two of them."""
+        return self._first(2)
+
+    def _first(self, count: int) -> "Batch":
+        if self.size <= count:
+            return self
+        ends = [0, 1]
+        if self.lengths is not None:
+            ends = [int(self.lengths.argmin()), int(self.lengths.argmax())]
+        return self.rows(list(dict.fromkeys([*ends, *range(count)]))[:count])
 
     @cached_property
     def shared(self) -> tuple[Any, int]:
@@ -109,16 +136,22 @@ class Batch:
             for name, has_rows in zip(self._names, self._rows, strict=True)
         )
 
-    def with_labels_turned(self) -> "Batch | None":
-        """The same call, each sample with the label of another; None where nothing changes."""
-        leaves, any_change = list(self._leaves), False
-        for i, (name, leaf, has_rows) in enumerate(
-            zip(self._names, self._leaves, self._rows, strict=True)
-        ):
+    def with_labels_turned(self) -> "tuple[Batch, Batch] | None":
+        """Two samples with other labels than each other, and the same with their labels exchanged;
+        None where all labels are alike."""
+        for name, leaf, has_rows in zip(self._names, self._leaves, self._rows, strict=True):
             if has_rows and name in _LABELS:
-                leaves[i] = leaf.flip(0)
-                any_change |= not torch.equal(leaves[i], leaf)
-        return self._with(leaves) if any_change else None
+                others = (leaf != leaf[:1]).reshape(self.size, -1).any(1).nonzero()
+                if len(others):
+                    pair = self.rows([0, int(others[0])])
+                    turned = [
+                        leaf.flip(0) if is_row and label in _LABELS else leaf
+                        for label, leaf, is_row in zip(
+                            pair._names, pair._leaves, pair._rows, strict=True
+                        )
+                    ]
+                    return pair, pair._with(turned)
+        return None
 
     def with_other_padding(self) -> "Batch":
         """The same call, other values in the padding: those of each sample's first token."""
@@ -136,7 +169,7 @@ class Batch:
 
     def _with(self, leaves: list[Any]) -> "Batch":
         args, kwargs = tree_unflatten(leaves, self._tree)
-        return Batch(args, kwargs, self.size)
+        return Batch(args, kwargs, self.size, self._rows)
 
     def checksums(self) -> np.ndarray[Any, np.dtype[np.int64]]:
         """(B,): one number a sample, of the inputs' bits; labels do not count, nor does padding."""

@@ -24,7 +24,8 @@ from .inputs import Batch
 from .store import ALIGNMENT, Keys, Store, memory_available
 
 _ROUNDS = 3
-_FORWARDS = 8  # passes that checking one depth takes
+_LONG = 0.1  # seconds
+_FORWARDS = 4  # passes that checking one depth takes
 # Seconds of a batch that depend neither on bytes nor on layers, measured on two CPU cores:
 _SERVING = 8e-4  # checksums, looking up what is held, the pass with placeholders
 _STORING = 2e-3  # finding room, and passes of their own where other samples are held already
@@ -65,13 +66,23 @@ class _Event:
     takes_results: bool = False
 
 
-def survey(model: nn.Module, layers: Sequence[Layer], batch: Batch, device: torch.device) -> Survey:
-    """Run the model a few times, in evaluation mode and leaving no mark on it."""
-    passes = []
-    for _ in range(1 + _ROUNDS):
-        begin, events = _events(model, batch, device)
-        passes.append(_by_depth(begin, events, layers))
-    seconds = [median(each[0][k] for each in passes[1:]) for k in range(len(layers))]
+def survey(
+    model: nn.Module,
+    layers: Sequence[Layer],
+    batch: Batch,
+    device: torch.device,
+    timed: bool = True,
+) -> Survey:
+    """Run the model a few times, in evaluation mode and leaving no mark on it; if it is not
+    `timed`, once, on a few of the samples."""
+    passes = [_by_depth(*_events(model, batch.few, device), layers)]
+    end = time.perf_counter() + _LONG
+    for number in range(_ROUNDS if timed else 0):
+        # A pass that takes long has little noise. On accelerators the first is not like the rest.
+        if number and device.type == "cpu" and time.perf_counter() > end:
+            break
+        passes.append(_by_depth(*_events(model, batch, device), layers))
+    seconds = [median(each[0][k] for each in passes[1:] or passes) for k in range(len(layers))]
     # A little timing noise must not make a deeper frontier cheaper.
     for k in range(1, len(seconds)):
         seconds[k] = max(seconds[k], seconds[k - 1])
@@ -215,34 +226,77 @@ def best_depths(
         batches: how many batches all samples make.
 
     A sample is stored at its first visit and read at the others. Comparing with the real forward
-    pass takes some eight forward passes a depth, once.
+    pass takes some four forward passes a depth, once.
 
     >>> best_depths([0.0, 0.010, 0.020, 0.021], [None, (1e-3, 1e-3, 0), (1e-3, 1e-3, 0), None],
     ...             [10] * 4, 100)
     [1, 2]
     >>> best_depths([0.0, 0.010], [None, (1e-3, 1e-3, 0)], [2, 1], 100)  # never seen again
     []
-    >>> best_depths([0.0, 0.010], [None, (1e-3, 1e-3, 0)], [10, 9], 1)  # comparing costs more
+    >>> best_depths([0.0, 0.010], [None, (1e-3, 1e-3, 0)], [5, 4], 1)  # comparing costs more
     []
     >>> best_depths([0.0, 0.010], [None, (1e-3, 1e-3, 0.1)], [10, 9], 100)  # so does new memory
     []
     """
     chosen: list[int] = []
     saved = 0.0  # a batch, at the last depth chosen
-    comparing = _FORWARDS * max(seconds)
     for depth in range(1, len(seconds)):
         cost = costs[depth]
         if cost is None:
             continue
-        reading, writing, first = cost
-        here = 0.98 * seconds[depth] - reading - _SERVING
-        gain = (visits[depth] - 1) * (here - saved) - writing - _STORING
-        if not chosen:
-            gain -= first  # later records take the room of earlier ones
-        if visits[depth] > 1 and batches * gain > comparing:
+        here = _saved(seconds[depth], cost)
+        storing = batches * _stored(cost, not chosen) + _FORWARDS * max(seconds)
+        if visits[depth] > 1 and batches * (visits[depth] - 1) * (here - saved) > storing:
             saved = here
             chosen.append(depth)
     return chosen
+
+
+def why_none(
+    seconds: Sequence[float],
+    costs: Sequence[tuple[float, float, float] | None],
+    visits: Sequence[float],
+    batches: float,
+) -> str:
+    """Why `best_depths` finds none, at the depth where it is nearest to one.
+
+    >>> why_none([0.0, 0.1], [None, (1e-3, 0.2, 0)], [3, 2], 20)
+    'storing takes 4.4 s, and reading it in the one pass that is left would save 1.9 s; freeze \
+earlier or train longer'
+    >>> why_none([0.0, 0.001], [None, (0.003, 0.2, 0)], [3, 2], 20)
+    'reading a batch takes 0.0038 s, and computing it 0.001 s'
+    """
+    found = []
+    for depth, cost in enumerate(costs):
+        if cost is not None and visits[depth] > 0:
+            saves = batches * (visits[depth] - 1) * _saved(seconds[depth], cost)
+            storing = batches * _stored(cost, True) + _FORWARDS * max(seconds)
+            found.append((saves - storing, saves, storing, depth))
+    if not found:
+        return "it is never reached"
+    _, saves, storing, depth = max(found)
+    cost = costs[depth]
+    assert cost is not None
+    if _saved(seconds[depth], cost) <= 0:
+        reading = cost[0] + _SERVING
+        return f"reading a batch takes {reading:.2g} s, and computing it {seconds[depth]:.2g} s"
+    passes = visits[depth] - 1
+    left = "the one pass that is" if passes == 1 else f"the {passes:g} passes that are"
+    return (
+        f"storing takes {storing:.2g} s, and reading it in {left} left would save {saves:.2g} s; "
+        "freeze earlier or train longer"
+    )
+
+
+def _saved(seconds: float, cost: tuple[float, float, float]) -> float:
+    """By a batch that is read and not computed."""
+    return 0.98 * seconds - cost[0] - _SERVING
+
+
+def _stored(cost: tuple[float, float, float], is_first: bool) -> float:
+    """Seconds of a batch; later records take the room of earlier ones."""
+    _, writing, new = cost
+    return writing + _STORING + (new if is_first else 0)
 
 
 def _seconds(work: Callable[[], object], device: torch.device) -> float:

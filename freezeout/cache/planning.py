@@ -3,7 +3,7 @@ and what they return, found in real forward passes. A plan that does not reprodu
 bit for bit, or might not, is refused with the reason.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -27,7 +27,8 @@ def make_plan(
     placeholders: Placeholders,
     sibling: Plan | None = None,
 ) -> Plan:
-    """The plan that skips `layers[:depth]`, all frozen, for batches of this kind.
+    """The plan that skips `layers[:depth]`, all frozen, for batches of this kind. A few of the
+    samples are enough: before it is used, a whole batch is compared.
 
     Nothing of the passes made here stays: buffers and generators are put back. `sibling`: a plan
     of the same depth for batches that differ in sizes only, which has been checked; one pass
@@ -40,14 +41,15 @@ def make_plan(
     real = Recorder(model, frozen)
     if sibling is not None:
         with scratch(model):
-            real.record(batch, stop_after=len(sibling.calls))
-        calls = _scaled(real.calls, sibling, batch.size)
+            real.record(batch.pair, stop_after=len(sibling.calls))
+        calls = _scaled(real.calls, sibling, batch.pair.size)
         if calls is not None:
             plan = _plan(model, layers, depth, calls, None, sibling.draws, placeholders)
             plan.labels_checked = sibling.labels_checked
             return plan
         real = Recorder(model, frozen)
     _check_modules(model, frozen)
+    whole, batch = batch, batch.few
     with scratch(model):
         real.record(batch)
     if not real.calls:
@@ -61,30 +63,50 @@ def make_plan(
     calls = _specs(real.calls, few.calls, batch.size, only_size)
     plan = _plan(model, layers, depth, calls, only_size, real.draws, placeholders)
     check_plan(plan, model, batch, real.frontier, (real.output, real.drawn))
-    check_labels(plan, model, batch)
+    check_labels(plan, model, whole)
     return plan
+
+
+def real_pass(
+    plan: Plan, model: nn.Module, batch: Batch, then: Callable[[], None]
+) -> tuple[list[Tensor], Any, list[bytes]]:
+    """The frontier, the output and the state of the generators of a real pass; `then` is called
+    when it has come to the frontier."""
+    reached: list[Tensor] = []
+
+    def take(tensors: list[Tensor]) -> list[Tensor]:
+        then()
+        reached.extend(tensor.detach().clone() for tensor in tensors)
+        return tensors
+
+    with scratch(model):
+        with plan.capture(take):
+            output = model(*batch.args, **batch.kwargs)
+        if not reached:
+            raise Unservable("the forward pass does not reach the last frozen module")
+        return reached, output, generators(model)
 
 
 def check_labels(plan: Plan, model: nn.Module, batch: Batch) -> None:
     """Unservable if frozen layers use the labels, which are in no checksum. Where all of the
     batch's labels are alike that cannot be told, and the plan stays to be checked."""
-    turned = batch.with_labels_turned()
     plan.labels_checked |= not batch.has_labels
-    if turned is None or plan.labels_checked:
+    if plan.labels_checked or (turned := batch.with_labels_turned()) is None:
         return
     with scratch(model):
-        reached = [plan.prefix(each) for each in (batch, turned)]
+        reached = [plan.prefix(each) for each in turned]
     if not all(map(equal, *reached)):
         raise Unservable("the frozen layers use the labels")
     plan.labels_checked = True
 
 
-def check_padding(plan: Plan, model: nn.Module, batch: Batch, frontier: Sequence[Tensor]) -> None:
+def check_padding(plan: Plan, model: nn.Module, batch: Batch) -> None:
     """Unservable if what frozen layers give for a sequence depends on what it is padded with: then
-    it would depend on the batch. `frontier`: what they gave for this one."""
+    it would depend on the batch."""
+    batch = batch.pair
     with scratch(model):
-        other = plan.prefix(batch.with_other_padding())
-    for one, two in zip(frontier, other, strict=True):
+        reached = [plan.prefix(each) for each in (batch, batch.with_other_padding())]
+    for one, two in zip(*reached, strict=True):
         if not close(_without_padding(one, batch), _without_padding(two, batch)):
             raise Unservable("what the frozen layers compute depends on padding")
 
@@ -94,15 +116,10 @@ def check_plan(
     model: nn.Module,
     batch: Batch,
     frontier: Sequence[Tensor],
-    real: tuple[Any, list[bytes]] | None = None,
+    real: tuple[Any, list[bytes]],
 ) -> None:
     """Unservable unless the served pass, given the real `frontier`, equals the real pass bit for
-    bit: every tensor in the output, and what was drawn from the generators. `real`: both, of
-    the real pass, where it has been made."""
-    if real is None:
-        with scratch(model):
-            output = model(*batch.args, **batch.kwargs)
-            real = output, generators(model)
+    bit: every tensor in the output, and what was drawn from the generators. `real`: both."""
     given = [tensor.clone() for tensor in frontier]
     with scratch(model):
         try:

@@ -2,7 +2,9 @@
 
 import time
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +16,19 @@ from torch.utils._pytree import tree_leaves
 
 from ..errors import CacheError, InvalidType, InvalidValue
 from ..freezer import FreezeOut
-from ..layers.scratch import close, scratch
+from ..layers.scratch import close
 from ..layers.trace import sharded_modules
 from ..values import whole_number
+from ..words import duration, size
 from .activations import Activations, precision
 from .depths import Depths
-from .files import Damaged
 from .fingerprint import Watch
 from .inputs import Batch, check_ids
 from .placeholders import Placeholders, Unservable, reason_of
 from .plan import Plan
-from .planning import check_labels, check_padding, check_plan, make_plan
+from .planning import check_labels, check_padding, check_plan, make_plan, real_pass
 from .stats import CacheStats
-from .store import Keys
+from .store import Damaged, Keys
 from .where import store_for
 
 DTYPES = {
@@ -53,8 +55,8 @@ class PrefixCache:
     Args:
         freezer: over the model.
         num_samples: of the data set; ids are 0 ... num_samples - 1.
-        where: "ram", "device" (the accelerator's memory), or the path of a folder, which is
-            reused by a later process that has the same frozen weights.
+        where: "ram", "device" (the accelerator's memory), or the path of a folder, which any
+            number of runs share: each reads what others with the same frozen weights have stored.
         budget: bytes that activations may take; None: half of the memory, or nine tenths of the
             disk, that is free. Samples beyond it are computed anew each time.
         dtype: "fp32", "bf16" or "fp16" for activations in store; None: the type they have.
@@ -64,9 +66,9 @@ class PrefixCache:
             depths themselves.
 
     Raises:
-        InvalidValue, InvalidType: arguments out of range, a folder that holds other files or is
-            in use, or several processes (each sees other samples in each epoch).
-        CacheError: the folder cannot be written.
+        InvalidValue, InvalidType: arguments out of range, a folder that holds other files, or
+            several processes of one run (each sees other samples in each epoch).
+        CacheError: the folder cannot be used.
     """
 
     def __init__(
@@ -108,19 +110,46 @@ class PrefixCache:
         self._shared: dict[Any, int] = {}  # of each combination of shapes: a checksum
         self._watch = Watch(self._model, freezer.layers)
         self.off: str | None = None  # why the cache is off for good
-        purpose = {
-            "samples": self.num_samples,
-            "views": self.views,
-            "dtype": self.dtype,
-            "layers": [layer.name for layer in freezer.layers],
-        }
         keys = self.num_samples * self.views
-        store = store_for(where, budget, keys, self._device, purpose)
+        store = store_for(where, budget, keys, self._device)
+        freezer.attach(self)
         self._activations = Activations(
-            store, freezer.layers, self._depths, kept_as, self.stats, self._tell
+            store,
+            freezer.layers,
+            self._depths,
+            kept_as,
+            self.stats,
+            self._tell,
+            _name(self._model),
         )
 
     # --- calling ------------------------------------------------------------------------
+
+    def __repr__(self) -> str:
+        return f"<{self.summary()}>"
+
+    def summary(self) -> str:
+        """What is kept, how often it was served, the seconds that this saved against computing it,
+        and why anything was not cached, in a line."""
+        store, spared = self._activations.store, self._activations.spared
+        held = store.index["depth"][store.index["depth"] > 0]
+        parts = [f"cache in {store.place}"]
+        if len(held):
+            parts[0] += (
+                f": what the first {held.max()} of {len(self.freezer.layers)} layers give of "
+                f"{len(held):,} of {len(store.index):,} samples, {size(self.bytes_held)}"
+            )
+        else:
+            parts[0] += f": nothing of {len(store.index):,} samples"
+        if spared.hits:
+            parts.append(f"served {spared.hits:,} times")
+            if (seconds := spared.seconds) is not None:
+                cost = spared.cost
+                parts.append(
+                    f"{duration(seconds - cost)} saved ({duration(seconds)} of frozen layers "
+                    f"not computed, less {duration(cost)} of reading, writing and checks)"
+                )
+        return "; ".join([*parts, *self.refusals])
 
     def __call__(self, *args: Any, ids: Any, view: Any = 0, **kwargs: Any) -> Any:
         """The model's output for these arguments.
@@ -218,20 +247,18 @@ class PrefixCache:
         plan = self._plans.get(kind)
         if plan is not None and plan.only_size in (None, batch.size):
             return plan if self._is_without_labels(plan, batch) else None
-        begin = time.perf_counter()
         sibling = self._plans.get(family)
         if sibling is not None and sibling.only_size is not None:
             sibling = None
         try:
-            plan = make_plan(
-                self._model, self.freezer.layers, depth, batch, self._placeholders, sibling
-            )
-            self._activations.plan_for(plan, batch)
+            with self._checking():
+                plan = make_plan(
+                    self._model, self.freezer.layers, depth, batch, self._placeholders, sibling
+                )
+                self._activations.plan_for(plan, batch)
         except Unservable as refusal:
             self._refuse(depth, batch, str(refusal))
             return None
-        finally:
-            self.stats.check_seconds += time.perf_counter() - begin
         self._plans[kind] = plan
         if plan.only_size is None:
             self._plans.setdefault(family, plan)
@@ -291,10 +318,13 @@ class PrefixCache:
         while True:
             try:
                 return self._visit(plan, batch, numbers, keys, inputs)
-            except Damaged:  # they are dropped now
+            except Damaged as damage:  # they are dropped now
                 self._tell(
-                    "some stored activations are damaged, or laid out in another way; they are "
-                    "computed anew"
+                    str(
+                        damage.__cause__
+                        or "some stored activations are damaged, or laid out in "
+                        "another way; they are computed anew"
+                    )
                 )
 
     def _visit(self, plan: Plan, batch: Batch, numbers: Keys, keys: Keys, inputs: Any) -> Any:
@@ -302,9 +332,7 @@ class PrefixCache:
         held = activations.held(keys, numbers, inputs, depth)
         if (held == depth).all():
             tensors = activations.read(depth, batch, keys)
-            self.stats.hits += batch.size
-            self.freezer.served()
-            return self._serve(plan, batch, tensors)
+            return self._serve(plan, batch, keys, tensors, batch.size)
         fits = activations.make_room(depth, batch, keys, held)
         starts = set(held.tolist())
         if starts == {0} and not fits.any():
@@ -313,48 +341,60 @@ class PrefixCache:
             return self._compute(plan, batch, keys, inputs, int(held[0]), fits)
         return self._mixed(plan, batch, keys, inputs, held, fits)
 
-    def _serve(self, plan: Plan, batch: Batch, tensors: list[Tensor]) -> Any:
-        """The model's output from what is stored."""
-        if not self._is_right(plan, batch, tensors):
+    def _serve(self, plan: Plan, batch: Batch, keys: Keys, tensors: list[Tensor], hits: int) -> Any:
+        """The model's output from what is stored, of `hits` samples before this call."""
+        if not self._is_right(plan, batch, keys, tensors):
             return self._plain(batch.args, batch.kwargs, batch.size)
+        self.stats.hits += hits
+        self._activations.spared.served(plan.depth, hits)
+        if hits == batch.size:
+            self.freezer.served()
         try:
             return plan.run(batch, tensors)
         except Exception as error:
             raise self._failed(error) from error
 
-    def _is_right(self, plan: Plan, batch: Batch, tensors: list[Tensor]) -> bool:
+    def _is_right(self, plan: Plan, batch: Batch, keys: Keys, tensors: list[Tensor]) -> bool:
         """Compares what was stored with the real forward pass, if it is the first of its kind to
-        be used. If they differ, the cache is off."""
+        be used, or the first of another process. If they differ, the cache is off; what another
+        process stored is dropped (Damaged)."""
         modes = (self._model.training, torch.is_grad_enabled())
         kind = (plan.depth, modes, batch.is_padded, batch.family)
-        if kind in self._verified:
+        store = self._activations.store
+        strangers = store.strangers(keys)
+        if kind in self._verified and not strangers:
             return True
-        begin = time.perf_counter()
         try:
-            self._verify(plan, batch, tensors)
+            with self._checking():
+                self._verify(plan, batch, tensors)
         except Unservable as refusal:
+            if strangers:
+                store.distrust(strangers)
+                said = f"what another run has stored is left alone: {refusal}"
+                raise Damaged(keys.tolist()) from Unservable(said)
             self._turn_off(str(refusal))
             return False
-        finally:
-            self.stats.check_seconds += time.perf_counter() - begin
         self._verified.add(kind)
+        store.trust(strangers)
         return True
 
     def _verify(self, plan: Plan, batch: Batch, tensors: list[Tensor]) -> None:
         """Unservable unless the stored tensors are the real ones, up to summation order and the
         type they are stored in, and the model does the same with real ones bit for bit."""
         exact = self._activations.is_exact(plan.depth)
-        with scratch(self._model):
-            real = plan.prefix(batch)
+        lap = self._activations.lap
+        lap()
+        reached = partial(lap, (plan.depth, 0, batch.size))
+        real, *rest = real_pass(plan, self._model, batch, reached)
         if batch.is_padded:
-            check_padding(plan, self._model, batch, real)
+            check_padding(plan, self._model, batch)
         rounded = self._activations.as_read(plan.depth, batch, real)
         for stored, computed in zip(tensors, rounded, strict=True):
             same = close if exact else _near
             if not same(stored, computed):
                 raise Unservable("what is stored is not what the frozen layers compute")
         whole = rounded if exact else self._activations.emptied(plan, batch, real)
-        check_plan(plan, self._model, batch, whole)
+        check_plan(plan, self._model, batch, whole, (rest[0], rest[1]))
 
     def _compute(
         self, plan: Plan, batch: Batch, keys: Keys, inputs: Any, start: int, fits: Any
@@ -363,12 +403,15 @@ class PrefixCache:
         passes the frontier is stored."""
 
         def take(tensors: list[Tensor]) -> list[Tensor]:
+            self._activations.lap((plan.depth, start, batch.size))
             return self._keep(plan.depth, batch, keys, inputs, fits, tensors)
 
         before, given = self._earlier(start, batch, keys)
         if self.off is not None:
             return self._plain(batch.args, batch.kwargs, batch.size)
+        self._activations.lap()
         if before is None:
+            start = 0
             self.stats.misses += batch.size
             with plan.capture(take):
                 return self._model(*batch.args, **batch.kwargs)
@@ -389,7 +432,7 @@ class PrefixCache:
             return None, []
         self._activations.check_held(keys, start)
         given = self._activations.read(start, batch, keys)
-        return (before, given) if self._is_right(before, batch, given) else (None, [])
+        return (before, given) if self._is_right(before, batch, keys, given) else (None, [])
 
     def _mixed(
         self, plan: Plan, batch: Batch, keys: Keys, inputs: Any, held: Any, fits: Any
@@ -405,7 +448,9 @@ class PrefixCache:
             group, few = batch.rows(more), keys[more]
             before, given = self._earlier(int(start), group, few)
             try:
+                activations.lap()
                 tensors = plan.prefix(group, before, given)
+                activations.lap((depth, 0 if before is None else int(start), group.size))
             except Exception as error:
                 raise self._failed(error) from error
             tensors = self._keep(depth, group, few, inputs[more], fits[more], tensors)
@@ -420,15 +465,14 @@ class PrefixCache:
         rows = np.flatnonzero(held == depth)
         if (activations.store.depths(keys) == depth).all():
             tensors = activations.read(depth, batch, keys)
-            self.stats.hits += len(rows)
-            return self._serve(plan, batch, tensors)
+            return self._serve(plan, batch, keys, tensors, len(rows))
         if len(rows):
             places.append(rows)
             pieces.append(activations.read(depth, batch.rows(rows), keys[rows]))
-            self.stats.hits += len(rows)
         order = torch.from_numpy(np.concatenate(places).argsort()).to(self._device)
         joined = [torch.cat(same).index_select(0, order) for same in zip(*pieces, strict=True)]
-        return self._serve(plan, batch, activations.as_read(depth, batch, joined))
+        joined = activations.as_read(depth, batch, joined)
+        return self._serve(plan, batch, keys, joined, len(rows))
 
     def _keep(
         self, depth: int, batch: Batch, keys: Keys, inputs: Any, fits: Any, tensors: list[Tensor]
@@ -473,6 +517,11 @@ class PrefixCache:
         return sorted(self._told)
 
     @property
+    def num_held(self) -> int:
+        """Of how many samples, or views of them, there is a stored activation."""
+        return int((self._activations.store.index["depth"] > 0).sum())
+
+    @property
     def bytes_held(self) -> int:
         """Bytes of all stored activations."""
         return self._activations.store.bytes_held
@@ -482,10 +531,10 @@ class PrefixCache:
         """Bytes set aside for one sample's record, where all are equally long; 0: not known."""
         return self._depths.record_bytes() if self._depths.is_surveyed else 0
 
-    def close(self, delete: bool = False) -> None:
-        """Give the memory, or the files, back; from here on the model is called as it is.
-        `delete`: the files too."""
-        self._activations.store.close(delete)
+    def close(self) -> None:
+        """Give the memory back; from here on the model is called as it is. What is in a folder
+        stays there, for later runs."""
+        self._activations.store.close()
         self.off = "it was closed"
 
     # --- what is decided once -------------------------------------------------------------
@@ -500,11 +549,21 @@ class PrefixCache:
 
     def _decide(self, batch: Batch) -> None:
         """Measure, once, and choose the depths."""
-        begin = time.perf_counter()
-        reason = self._depths.decide(batch, self._activations.store)
+        with self._checking():
+            reason = self._depths.decide(batch, self._activations.store)
         if reason is not None:
             self._turn_off(reason)
-        self.stats.check_seconds += time.perf_counter() - begin
+
+    @contextmanager
+    def _checking(self) -> Iterator[None]:
+        """Counts the seconds of what happens inside."""
+        begin = time.perf_counter()
+        try:
+            yield
+        finally:
+            seconds = time.perf_counter() - begin
+            self.stats.check_seconds += seconds
+            self._activations.spared.cost += seconds
 
     @property
     def depths(self) -> list[int] | None:
@@ -528,6 +587,12 @@ def _padded(rows: Any, size: int) -> Any:
     step = -(-size // 8)
     missing = min(-len(rows) % step, size - len(rows))
     return np.pad(rows, (0, missing), mode="edge")
+
+
+def _name(model: torch.nn.Module) -> str:
+    """The model's class, and what its weights were loaded from, where it knows."""
+    source = getattr(getattr(model, "config", None), "_name_or_path", None)
+    return type(model).__name__ + (f" ({source})" if source and isinstance(source, str) else "")
 
 
 def _near(one: Tensor, other: Tensor) -> bool:

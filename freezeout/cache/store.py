@@ -1,8 +1,8 @@
-"""Where records lie: in RAM, in the accelerator's memory, or in a file that outlives the process.
+"""Where records lie: in RAM, in the accelerator's memory, or in files that outlive the process.
 
 A store has a fixed number of keys, and one record a key at most: its bytes, the depth at which
-it was taken and the checksum of the input that it was taken of. The room for a key is set aside
-when it is first written. What does not fit any more is not stored.
+it was taken and the checksum of the input that it was taken of. In memory, the room for a key is
+set aside when it is first written. What does not fit any more is not stored.
 """
 
 import os
@@ -28,6 +28,10 @@ INDEX = np.dtype(
     ]
 )
 ALIGNMENT = 64
+
+
+class Damaged(Exception):
+    """Records that are not what was written, and are dropped now; the keys are the argument."""
 
 
 class Store:
@@ -63,6 +67,11 @@ class Store:
         self._bytes = room
 
     @property
+    def place(self) -> str:
+        """Where they lie, in words."""
+        return "memory" if self.device.type == "cpu" else f"the memory of {self.device}"
+
+    @property
     def is_reserved(self) -> bool:
         return len(self._bytes) > 0
 
@@ -80,8 +89,21 @@ class Store:
         """The depth of each key's record; 0: there is none."""
         return self.index["depth"][keys]
 
-    def compare(self, keys: Keys) -> None:
-        """Damaged if a record is not what was written, as far as can be told."""
+    def find(self, keys: Keys, inputs: Any, depth: int) -> Any:
+        """Look for records of these inputs, at most so deep, before the keys' records are used.
+        Returns which inputs are not what they were."""
+        return (self.index["depth"][keys] > 0) & (self.index["input"][keys] != inputs)
+
+    def strangers(self, keys: Keys) -> list[int]:
+        """Other processes, as numbers, that these keys' records come from, none of whose records
+        have been compared with the real forward pass."""
+        return []
+
+    def trust(self, strangers: Sequence[int]) -> None:
+        """They have been, and are right."""
+
+    def distrust(self, strangers: Sequence[int]) -> None:
+        """They are wrong: forget the records of these processes."""
 
     def drop(self, keys: Any) -> None:
         """Forget records, keeping the room set aside."""
@@ -186,25 +208,19 @@ class Store:
         # Not waited for: what lies in pageable memory has been read when the call returns.
         return torch.from_numpy(np.ascontiguousarray(numbers)).to(self.device, non_blocking=True)
 
-    news: str | None = None  # something to tell the user, once
-
-    def resume_depth(self, depth: int, fingerprint: str) -> bool:
-        """Whether records of this depth, which an earlier process wrote, are of these weights."""
-        return False
-
-    def check_layout(self, depth: int, layout: Any) -> None:
-        """Forget records of this depth if they are not laid out so."""
-
-    def begin_depth(self, depth: int, fingerprint: str, layout: Any) -> None:
-        """Records of this depth are going to be written and read. Of frozen weights with another
-        fingerprint, or in another layout, none is kept."""
+    def open_depth(
+        self, depth: int, fingerprint: str, layout: Any = None, about: dict[str, Any] | None = None
+    ) -> None:
+        """Records of this depth are going to be read, and written if their layout is known. From
+        here on none counts that is of other frozen weights (`fingerprint`) or laid out in another
+        way. `about`: plain values that tell a user what the records are of."""
 
     def clear(self) -> None:
         """Forget every record."""
         self.index["depth"] = 0
 
-    def close(self, delete: bool = False) -> None:
-        """Give memory and files back."""
+    def close(self) -> None:
+        """Give the memory back; what is in files stays there."""
         self._bytes = torch.empty(0, dtype=torch.uint8)
 
 

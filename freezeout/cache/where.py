@@ -2,7 +2,6 @@
 
 import shutil
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -13,15 +12,12 @@ from .store import Store, memory_available
 _RESERVED = ("gpu", "cuda", "cpu", "memory", "auto", "off", "disk", "")
 
 
-def store_for(
-    where: str | Path, budget: int | None, keys: int, device: torch.device, purpose: dict[str, Any]
-) -> Store:
+def store_for(where: str | Path, budget: int | None, keys: int, device: torch.device) -> Store:
     """A store for that many keys, whose records are read on `device`.
 
     Args:
         where: "ram", "device", or a folder.
         budget: bytes; None: half of the free memory, or nine tenths of the free disk.
-        purpose: see `FileStore`.
 
     Raises:
         InvalidValue, CacheError: as `PrefixCache` does.
@@ -39,7 +35,7 @@ def store_for(
     if not isinstance(where, Path) and ("/" not in where and where.lower() in _RESERVED):
         raise InvalidValue(f"where must be 'ram', 'device' or a folder, got {where!r}")
     path = Path(where)
-    store = FileStore(path, keys, budget or 0, device, purpose)
+    store = FileStore(path, keys, budget or 0, device)
     if budget is None:
         free = shutil.disk_usage(path).free + store.bytes_set_aside
         store.budget = free * 9 // 10

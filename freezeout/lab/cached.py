@@ -53,6 +53,12 @@ class CachedRun:
         ids = self._ids[1][batch * size : (batch + 1) * size]
         return partial(self.cache, ids=ids, view=self.view(epoch))
 
+    @property
+    def progress(self) -> str:
+        """How much is stored, for the live line."""
+        keys = self.cache.num_samples * self.cache.views
+        return f"  cached {self.cache.num_held / keys:.0%}" if self.cache.num_held else ""
+
     def row(self) -> dict[str, Any]:
         """For the epoch's line of metrics."""
         stats = self.cache.stats.take()
@@ -64,6 +70,12 @@ class CachedRun:
             "cache_bytes": self.cache.bytes_held,
             "cache_seconds": stats.read_seconds + stats.write_seconds + stats.check_seconds,
         }
+
+    @property
+    def stays(self) -> str | None:
+        """What a run leaves for others, and how to look after it."""
+        folder = self._job.cache_folder
+        return None if folder is None else f"the cache stays there: freezeout cache list {folder}"
 
     def describe(self) -> str:
         """One line for whoever starts a run."""

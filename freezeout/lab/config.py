@@ -78,7 +78,7 @@ class TrainConfig:
     """Train more epochs, so that the predicted time equals that of a run without freezing."""
     cache: str = "off"
     """Keep what frozen layers compute of each image: off, ram, auto (in memory, where measured to
-    save time), or a new folder's path."""
+    save time), or the path of a folder, which any number of runs may share."""
     views: int | None = None
     """Augmented versions of each image, once they are cached (4 if not given; before that, and
     without a cache, every version is new)."""

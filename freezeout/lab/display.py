@@ -83,15 +83,15 @@ class Display(LiveDisplay):
         """Whether `step` shows anything: computing its arguments may be left out if not."""
         return self._progress is not None
 
-    def step(self, step: int, epoch: str, loss: float, num_frozen: int) -> None:
-        """Move the live line."""
+    def step(self, step: int, epoch: str, loss: float, num_frozen: int, more: str = "") -> None:
+        """Move the live line, which ends with `more`."""
         if self._progress is not None:
             self._progress.update(
                 self._task,
                 completed=step,
                 epoch=epoch,
                 loss=f"{loss:.3f}",
-                frozen=f"{num_frozen}/{self._num_layers}",
+                frozen=f"{num_frozen}/{self._num_layers}{more}",
             )
 
     def epoch(self, row: dict[str, Any], epochs: int, seconds_left: float) -> None:

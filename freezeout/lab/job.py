@@ -88,8 +88,8 @@ class Job:
             raise InvalidValue(
                 f"cache={config.cache!r} is for one process, and this run has {ranks.size} ranks"
             )
-        if config.cache not in ("off", "auto", "ram"):
-            check_folder(Path(config.cache))
+        if self.cache_folder is not None:
+            check_folder(self.cache_folder)
         self.device = choose_device(config.device, ranks.local if ranks.size > 1 else None)
         if self.device.type == "cuda" and ranks.size > 1:
             torch.cuda.set_device(self.device)
@@ -225,6 +225,12 @@ class Job:
             example_inputs=next(self.batches(epoch=0, start=0))[0][:_FEW],
         )
 
+    @property
+    def cache_folder(self) -> Path | None:
+        """The folder of the cache, which other runs may share; None: there is none."""
+        named = self.config.cache not in ("off", "auto", "ram")
+        return Path(self.config.cache) if named else None
+
     def cache(self, freezer: FreezeOut) -> PrefixCache | None:
         """The cache that the options ask for; None: they do not."""
         config = self.config
@@ -233,7 +239,7 @@ class Job:
         return PrefixCache(
             freezer,
             len(self.data.train_labels),
-            where="ram" if config.cache in ("auto", "ram") else Path(config.cache),
+            where=self.cache_folder or "ram",
             budget=config.cache_bytes,
             dtype=None if config.cache_dtype == "auto" else config.cache_dtype,
             views=(config.views or VIEWS) if config.augment else 1,

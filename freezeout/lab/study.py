@@ -79,6 +79,8 @@ class StudyOptions:
     """fp32, bf16, or auto: bf16 where the device computes it natively."""
     data_dir: Annotated[Path | None, _option("FOLDER", "download once")] = None
     """Folder that holds CIFAR's binary files or archive; nothing is downloaded then."""
+    cache: Annotated[Path | None, _option("FOLDER", "in memory")] = None
+    """Folder in which strategies with 'cached' keep activations, for all runs together."""
     devices: Annotated[tuple[str, ...] | None, _option("NAME ...", "auto")] = None
     """One process works on each: cuda:0 cuda:1, or cpu; auto takes the first accelerator."""
     out: Annotated[Path | None, _option("FOLDER", "runs/ and the study's name")] = None
@@ -132,6 +134,7 @@ class Study:
     baselines: tuple[int, ...] = ()
     equal_time: bool = True
     train: TrainConfig = field(default_factory=TrainConfig)  # what all runs have in common
+    cache: Path | None = None
     devices: tuple[str, ...] = ("auto",)
     out: Path = Path("runs/sweep")
 
@@ -186,7 +189,10 @@ class Study:
             arms[f"ordinary {epochs} epochs"] = replace(ordinary, epochs=epochs)
         rivals: dict[str, list[str]] = {}
         for strategy in self.arms():
-            arms[strategy.name] = replace(base, **strategy.options)
+            options = strategy.options
+            if strategy.cached and self.cache is not None:
+                options["cache"] = str(self.cache.absolute())
+            arms[strategy.name] = replace(base, **options)
             rivals.setdefault(f"{strategy.cost_name} equal time", []).append(strategy.name)
 
         def cell(arm: str, config: TrainConfig, seed: int, needs: tuple[str, ...] = ()) -> Cell:
@@ -208,6 +214,8 @@ class Study:
         """A file that describes this study, every option in it."""
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "train"}
         values |= {name: getattr(self.train, name) for name in _TRAIN}
+        if self.cache is not None:
+            values["cache"] = self.cache.absolute()
         if self.train.data_dir is not None:
             values["data_dir"] = self.train.data_dir.absolute()  # the file is read from anywhere
         # JSON's words, numbers and lists of them are TOML's too.

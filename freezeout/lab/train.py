@@ -252,7 +252,9 @@ class _Loop:
             if (savings := self.savings()) is not None and (line := warning(savings)):
                 display.say(line)
         if self.cached is not None:
-            self.cached.cache.close(delete=True)
+            self.cached.cache.close()
+            if (stays := self.cached.stays) is not None:
+                display.say(stays)
         display.say(f"run folder: {path}")
         return path
 
@@ -298,7 +300,8 @@ class _Loop:
             self.batch += 1
             laps.mark("step", job.device)
             if display.live and (number % 10 == 0 or number == steps - 1):
-                display.step(freezer.step_count, label, loss.item(), freezer.num_frozen)
+                more = "" if cached is None else cached.progress
+                display.step(freezer.step_count, label, loss.item(), freezer.num_frozen, more)
             if self.stop.agreed(ranks) is not None:
                 break
         job.wait()

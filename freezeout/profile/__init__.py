@@ -2,14 +2,13 @@
 
 from .counted import StepCount, count_step
 from .memory import Memory, StepMemory, peak_bytes, predict_memory
-from .seconds import measure_prefix_seconds, measure_step_costs
+from .seconds import measure_step_costs
 
 __all__ = [
     "Memory",
     "StepCount",
     "StepMemory",
     "count_step",
-    "measure_prefix_seconds",
     "measure_step_costs",
     "peak_bytes",
     "predict_memory",

@@ -46,13 +46,11 @@ class StepCount:
             k = 0 ... n - 1. With none frozen it is about twice the forward pass's.
         saved_bytes: bytes of the activations kept for backward at each of these depths;
             parameters, buffers and the batch itself are not among them.
-        frontier_bytes: bytes of what layer k takes in, which a cache would hold and read.
     """
 
     forward: tuple[int, ...]
     backward: tuple[int, ...]
     saved_bytes: tuple[int, ...]
-    frontier_bytes: tuple[int, ...]
 
     def step_costs(self) -> list[float]:
         """FLOPs of a step at each depth; frozen layers still run forward."""
@@ -102,13 +100,7 @@ def count_step(
     finally:
         for parameter, gradient in gradients.items():
             parameter.grad = gradient
-    depths = range(len(layers))
-    return StepCount(
-        tuple(forward.flops),
-        tuple(backward),
-        tuple(saved),
-        tuple(forward.entering[depth] for depth in depths),
-    )
+    return StepCount(tuple(forward.flops), tuple(backward), tuple(saved))
 
 
 def flop_counter() -> FlopCounterMode:
@@ -152,7 +144,6 @@ class _Forward:
         self._last = 0  # the layer that ran last: what no layer's module does goes with it
         self._counted = 0
         self.flops = [0] * len(layers)
-        self.entering = [0] * len(layers)
         # Sequence numbers from which on nodes are made in a layer, and that layer.
         self.starts: list[int] = []
         self.owners: list[int] = []
@@ -185,9 +176,6 @@ class _Forward:
         outside = self._stack[-1] if self._stack else len(self.flops) - 1
         layer = min(outside, self._layer_of.get(module, outside))
         innermost = next(module.children(), None) is None
-        if innermost and self.entering[layer] == 0:
-            taken = [v for v in tree_leaves((args, kwargs)) if isinstance(v, Tensor)]
-            self.entering[layer] = sum(_size(tensor) for tensor in taken)
         self._stack.append(layer)
         if innermost:
             self._last = layer

@@ -1,16 +1,14 @@
 """What one training step costs at each depth, measured on the device at hand."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from statistics import mean, median
 
 import torch
-from torch import nn
 
 from ..clock import seconds_of
 from ..errors import InvalidValue
 from ..layers import Layer
-from ..versions import no_grad
 
 
 def measure_step_costs(
@@ -55,61 +53,6 @@ def measure_step_costs(
             unfreeze()
     medians = {depth: median(times) for depth, times in seconds.items()}
     return interpolated(falling(medians), len(layers), shape)
-
-
-def measure_prefix_seconds(
-    forward: Callable[[], object],
-    layers: Sequence[Layer],
-    *,
-    depths: int = 5,
-    rounds: int = 5,
-    shape: Sequence[float] | None = None,
-    device: torch.device | None = None,
-) -> list[float]:
-    """Seconds of the first k layers' forward pass, frozen, for k = 0 ... n - 1: what a cache of
-    their results would spare.
-
-    Arguments as in `measure_step_costs`; `forward` makes one forward pass, which is left as soon
-    as it comes to layer k.
-    """
-
-    def until_reached() -> None:
-        with suppress(_Reached):
-            forward()
-
-    measured = evenly_spaced(len(layers), depths)[1:]
-    seconds: dict[int, list[float]] = {depth: [] for depth in measured}
-    with unfrozen(layers) as unfreeze, no_grad():
-        for _ in range(rounds):
-            for depth in measured:
-                for layer in layers[:depth]:
-                    layer.freeze()
-                with _stopping_at(layers[depth]):
-                    seconds[depth].append(seconds_of(until_reached, device))
-            unfreeze()
-    medians = {depth: median(times) for depth, times in seconds.items()}
-    return interpolated({0: 0.0, **medians}, len(layers), shape)
-
-
-class _Reached(Exception):
-    """The forward pass has come to the layer that is waited for."""
-
-
-@contextmanager
-def _stopping_at(layer: Layer) -> Iterator[None]:
-    def reached(module: nn.Module, args: object) -> None:
-        raise _Reached
-
-    handles = [
-        module.register_forward_pre_hook(reached, prepend=True)
-        for module in layer.modules
-        if next(module.children(), None) is None
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager

@@ -176,4 +176,4 @@ def test_sequences_keep_their_lengths_in_files_and_another_process_reads_them(
     assert other is not None
     assert again == first  # the same frozen weights: what the first stored is served
     assert (other.stats.misses, other.stats.hits) == (0, 3 * COUNT)
-    other.close(delete=True)
+    other.close()

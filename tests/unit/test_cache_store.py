@@ -2,9 +2,10 @@
 
 import doctest
 import errno
-import json
+import gc
 import os
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -17,27 +18,41 @@ from torch import Tensor, nn
 
 import freezeout.cache.pays
 from freezeout import FreezeOut, Frozen, PrefixCache
-from freezeout.cache.files import Damaged, FileStore
+from freezeout.cache.files import FileStore, contents, remove
 from freezeout.cache.inputs import Batch
 from freezeout.cache.layout import Layout
 from freezeout.cache.pays import survey
 from freezeout.cache.placeholders import Placeholders
 from freezeout.cache.planning import make_plan
 from freezeout.cache.prefix import _padded
-from freezeout.cache.store import Store
+from freezeout.cache.store import Damaged, Store
 from freezeout.errors import CacheError, InvalidValue
 from tests.models import conv_net, linear_net
 
 CPU = torch.device("cpu")
-PURPOSE = {"samples": 8}
 
 
 def ram(budget: int = 10**6) -> Store:
     return Store(8, budget, CPU, CPU)
 
 
-def files(path: Path, budget: int = 10**6, **purpose: Any) -> FileStore:
-    return FileStore(path, 8, budget, CPU, PURPOSE | purpose)
+def files(path: Path, budget: int = 10**6, weights: str = "weights") -> FileStore:
+    store = FileStore(path, 8, budget, CPU)
+    store.open_depth(2, weights, ["layout"], {"model": "Net", "layers": ["a", "b", "c"]})
+    store.open_depth(3, weights, ["layout"])
+    return store
+
+
+def found(store: FileStore, depth: int = 2, inputs: Any = None) -> list[int]:
+    """Which of the keys 0 ... 3 are held at that depth, of inputs 0 ... 3 unless told otherwise."""
+    some = np.arange(4)
+    assert not store.find(some, some if inputs is None else inputs, depth).any()
+    return np.flatnonzero(store.depths(some) == depth).tolist()
+
+
+def index_of(path: Path) -> Path:
+    (file,) = path.glob("*/*.index")
+    return file
 
 
 def rows(count: int, size: int = 100, seed: int = 0) -> Tensor:
@@ -51,7 +66,6 @@ def keys(*numbers: int) -> Any:
 
 def fill(store: Store, depth: int = 2) -> Tensor:
     """Records for keys 0 ... 3, returned."""
-    store.begin_depth(depth, "weights", ["layout"])
     assert store.set_aside(keys(0, 1, 2, 3), [100] * 4, [100] * 4).all()
     store.write_rows(keys(0, 1, 2, 3), data := rows(4), depth, np.arange(4))
     return data
@@ -91,123 +105,231 @@ def test_a_key_that_comes_twice_takes_room_once() -> None:
 
 
 def test_another_process_goes_on_with_the_files(tmp_path: Path) -> None:
-    store = files(tmp_path / "cache")
-    store.reserve(8 * 128)
+    store = files(tmp_path)
+    data = fill(store)
+    other = files(tmp_path)  # at the same time
+    assert found(other) == [0, 1, 2, 3]
+    assert torch.equal(other.read_rows(keys(3, 0, 1, 2)), data[[3, 0, 1, 2]])
+    # What comes later is found when something is missed, and a deeper record comes first.
+    store.write_rows(keys(1), rows(1, seed=1), 3, np.array([1]))
+    assert found(other) == [0, 1, 2, 3]
+    assert found(other, 3) == [1]
+    assert torch.equal(other.read_rows(keys(1)), rows(1, seed=1))
+    store.close()
+    assert torch.equal(other.read_rows(keys(2)), data[2:3])
+
+
+def test_other_weights_layouts_and_inputs_are_misses_and_lose_nothing(tmp_path: Path) -> None:
+    store = files(tmp_path)
+    data = fill(store)
+    assert found(files(tmp_path, weights="others")) == []
+    other = FileStore(tmp_path, 8, 10**6, CPU)
+    other.open_depth(2, "weights")  # in any layout, until it is known
+    assert found(other) == [0, 1, 2, 3]
+    other.open_depth(2, "weights", ["other layout"])
+    assert found(other) == []
+    # A changed file, another tokenizer: its records stand beside the first ones.
+    changed, mine = np.array([0, 1, 9, 3]), files(tmp_path)
+    assert found(mine, inputs=changed) == [0, 1, 3]
+    mine.write_rows(keys(2), rows(1, seed=1), 2, np.array([9]))
+    for _ in range(2):
+        first, second = files(tmp_path), files(tmp_path)
+        assert found(first) == found(second, inputs=changed) == [0, 1, 2, 3]
+        assert torch.equal(first.read_rows(keys(2)), data[2:3])
+        assert torch.equal(second.read_rows(keys(2)), rows(1, seed=1))
+    # In one process, a number stands for one input.
+    assert mine.find(keys(2), keys(2), 2).tolist() == [True]
+
+
+@pytest.mark.parametrize("damage", ["data", "index", "entry", "cut", "random", "zeros", "gone"])
+def test_what_is_damaged_is_a_miss_and_the_rest_is_there(damage: str, tmp_path: Path) -> None:
+    store = files(tmp_path)
     data = fill(store)
     store.close()
-    store = files(tmp_path / "cache")
-    assert store.news is None
-    assert store.resume_depth(2, "weights")
-    assert torch.equal(store.read_rows(keys(0, 1, 2, 3)), data)
-    store.close()
-    store = files(tmp_path / "cache")
-    assert not store.resume_depth(2, "other weights")
-    assert store.bytes_held == 0
-    store.close()
-    other = files(tmp_path / "cache", samples=9)
-    assert "something else" in str(other.news)
-    assert other.bytes_held == 0
-    other.close(delete=True)
-    assert not (tmp_path / "cache").exists()
-
-
-def test_another_layout_drops_the_records(tmp_path: Path) -> None:
-    store = files(tmp_path / "cache")
-    store.reserve(8 * 128)
-    fill(store)
-    store.check_layout(2, ["layout"])
-    assert store.bytes_held == 400
-    store.check_layout(2, ["other layout"])
-    assert store.bytes_held == 0
-
-
-@pytest.mark.parametrize("damage", ["cut", "header", "index", "random index", "gone"])
-def test_damaged_files_are_started_anew(damage: str, tmp_path: Path) -> None:
-    path = tmp_path / "cache"
-    store = files(path)
-    store.reserve(8 * 128)
-    fill(store)
-    store.close()
-    if damage == "cut":
-        os.truncate(path / "activations.bin", 1000)
-    elif damage == "header":
-        (path / "cache.json").write_text('{"purpose": ')
+    index = index_of(tmp_path)
+    held, whole = index.with_suffix(".bin"), index.read_bytes()
+    if damage == "data":
+        held.write_bytes(held.read_bytes()[:350])
     elif damage == "index":
-        os.truncate(path / "index.bin", 3)
-    elif damage == "random index":
-        generator = random.Random(0)
-        (path / "index.bin").write_bytes(generator.randbytes((path / "index.bin").stat().st_size))
+        index.write_bytes(whole[:-1])
+    elif damage == "entry":
+        index.write_bytes(whole[:121] + b"\1" + whole[122:])  # of the last, which key it is of
+    elif damage == "cut":
+        held.unlink()
+    elif damage == "random":
+        index.write_bytes(random.Random(0).randbytes(len(whole)))
+    elif damage == "zeros":
+        index.write_bytes(bytes(len(whole)))
     else:
-        for file in path.iterdir():
-            file.unlink()
-    store = files(path)
-    assert store.bytes_held == 0
-    assert (store.news is None) == (damage == "gone")
-    store.reserve(8 * 128)
+        index.unlink()
+        (index.parent / "about.json").write_text("{")
+    store = files(tmp_path)
+    left = [0, 1, 2] if damage in ("data", "index", "entry") else []
+    assert found(store) == left
+    if left:
+        assert torch.equal(store.read_rows(keys(*left)), data[left])
     assert torch.equal(fill(store), store.read_rows(keys(0, 1, 2, 3)))
+    assert found(files(tmp_path)) == [0, 1, 2, 3]
+    assert len(contents(tmp_path)) == 1
 
 
-def test_a_changed_byte_is_noticed_by_a_process_that_did_not_write_it(tmp_path: Path) -> None:
-    store = files(tmp_path / "cache")
-    store.reserve(8 * 128)
-    data = fill(store)
-    start = int(store.index["offset"][2])
-    store.close()
-    with open(tmp_path / "cache" / "activations.bin", "r+b") as file:
-        file.seek(start + 50)
-        file.write(bytes([int(data[2, 50]) ^ 1]))
-    store = files(tmp_path / "cache")
+def test_a_changed_byte_is_noticed_and_another_record_of_it_found(tmp_path: Path) -> None:
+    data = fill(files(tmp_path))
+    (path,) = tmp_path.glob("*/*.bin")
+    content = bytearray(path.read_bytes())
+    content[250] ^= 1  # the third record's
+    path.write_bytes(content)
+    store = files(tmp_path)
+    assert found(store) == [0, 1, 2, 3]
     with pytest.raises(Damaged):
         store.read_rows(keys(1, 2, 3))
-    assert store.depths(keys(1, 2, 3)).tolist() == [2, 0, 2]
+    assert found(store) == [0, 1, 3]
     assert torch.equal(store.read_rows(keys(1, 3)), data[[1, 3]])
+    store.write_rows(keys(2), data[2:3], 2, np.array([2]))
+    store = files(tmp_path)
+    for _ in range(2):
+        assert found(store) == [0, 1, 2, 3]
+        try:
+            assert torch.equal(store.read_rows(keys(2)), data[2:3])
+        except Damaged:
+            continue
+    assert torch.equal(store.read_rows(keys(2)), data[2:3])
+
+
+def test_depths_in_turn_are_found_again_and_not_stored_again(tmp_path: Path) -> None:
+    """Batches of one kind may be served at a depth that others are not."""
+    store, sizes = files(tmp_path), []
+    for _ in range(4):
+        for depth in (2, 3):
+            missing = [key for key in range(4) if key not in found(store, depth)]
+            if missing:
+                data = rows(4, seed=depth)[missing]
+                store.write_rows(keys(*missing), data, depth, keys(*missing))
+            assert torch.equal(store.read_rows(keys(0, 1, 2, 3)), rows(4, seed=depth))
+        sizes.append(store.bytes_set_aside)
+    assert sizes[1] == sizes[2] == sizes[3] <= 3 * 4 * 140 + 200
+    assert found(files(tmp_path), 2) == found(files(tmp_path), 3) == [0, 1, 2, 3]
+
+
+def test_a_fork_writes_files_of_its_own(tmp_path: Path) -> None:
+    store = files(tmp_path)
+    fill(store)
+    if (child := os.fork()) == 0:
+        store.write_rows(keys(4), rows(1, seed=4), 2, keys(4))
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+    store.write_rows(keys(5), rows(1, seed=5), 2, keys(5))
+    other = files(tmp_path)
+    assert not other.find(keys(4, 5), keys(4, 5), 2).any()
+    assert torch.equal(other.read_rows(keys(4)), rows(1, seed=4))
+    assert torch.equal(other.read_rows(keys(5)), rows(1, seed=5))
+
+
+def test_what_another_process_stored_can_be_distrusted(tmp_path: Path) -> None:
+    mine, other, reader = files(tmp_path), files(tmp_path), files(tmp_path)
+    data = fill(other)
+    mine.write_rows(keys(0), data[:1], 2, keys(0))
+    assert found(reader) == [0, 1, 2, 3]
+    assert mine.strangers(keys(0)) == []
+    first, second = reader.strangers(keys(0)), reader.strangers(keys(1, 2))
+    reader.trust(first)
+    assert reader.strangers(keys(0)) == []
+    for each in {*first, *second} - {*first}:
+        reader.distrust([each])
+        assert found(reader) in ([0], [])
 
 
 _WRITER = """
 import os, signal, sys
 from pathlib import Path
-from tests.unit.test_cache_store import files, fill, keys, rows
+from tests.unit.test_cache_store import files, keys, rows
 import numpy as np
 store = files(Path(sys.argv[1]))
-store.reserve(8 * 128)
-fill(store)
 writes, left = os.pwrite, int(sys.argv[2])
 def pwrite(*args):
     global left
     left -= 1
     if left == 0:
-        writes(args[0], args[1][:40], args[2])  # part of a record
+        writes(args[0], args[1][:50], args[2])  # part of a record, or of its entries
         os.kill(os.getpid(), signal.SIGKILL)
     return writes(*args)
 os.pwrite = pwrite
-for seed in range(1, 100):
-    store.write_rows(keys(0, 1, 2, 3), rows(4, seed=seed), 2, np.full(4, seed))
+for first in (0, 2):
+    some = keys(first, first + 1)
+    store.write_rows(some, rows(4)[some], 2, some)
 """
 
 
-def test_a_process_killed_while_it_writes_leaves_whole_records(tmp_path: Path) -> None:
-    for place in (6, 20):
-        path = tmp_path / str(place)
-        ended = subprocess.run([sys.executable, "-c", _WRITER, str(path), str(place)])
-        assert ended.returncode == -9
-        store = files(path)
-        assert store.resume_depth(2, "weights")
-        held = np.flatnonzero(store.depths(np.arange(8)))
-        assert held.tolist() == []  # the four were being replaced together
-        store.close()
-
-
-def test_a_full_disk_is_said_and_leaves_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("place", "left"), [(2, []), (3, [0]), (5, [0, 1]), (6, [0, 1, 2])])
+def test_a_process_killed_while_it_writes_leaves_whole_records(
+    place: int, left: list[int], tmp_path: Path
 ) -> None:
-    def full(*_: Any) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
+    ended = subprocess.run([sys.executable, "-c", _WRITER, str(tmp_path), str(place)])
+    assert ended.returncode == -9
+    store = files(tmp_path)
+    assert found(store) == left
+    if left:
+        assert torch.equal(store.read_rows(keys(*left)), rows(4)[left])
 
-    store = files(tmp_path / "cache")
-    monkeypatch.setattr(os, "posix_fallocate", full)
-    with pytest.raises(CacheError, match=r"cannot set 1,024 bytes aside in .*: the disk is full"):
-        store.reserve(8 * 128)
-    assert not (tmp_path / "cache" / "activations.bin").exists()
+
+def test_what_a_folder_holds_is_listed_and_removed(tmp_path: Path) -> None:
+    folder = tmp_path / "cache"
+    fill(files(folder))
+    fill(files(folder))
+    files(folder, weights="others").write_rows(keys(5), rows(1), 2, keys(5))
+    held = contents(folder)
+    assert sorted(each.samples for each in held) == [1, 4]
+    assert held[0].about == {"model": "Net", "layers": ["a", "b", "c"]}
+    assert "samples, " in str(held[0])
+    assert str(held[0]).endswith("of the first 2 layers of Net, up to b")
+    assert sum(each.bytes for each in held) > 900
+    with pytest.raises(InvalidValue, match="2 keys in"):
+        remove(folder, [""])
+    with pytest.raises(InvalidValue, match="no key in"):
+        remove(folder, ["x"])
+    store = files(folder)
+    assert found(store) == [0, 1, 2, 3]
+    assert remove(folder, [held[0].key[:12]]) == held[:1]
+    assert contents(folder) == held[1:]
+    remove(folder)
+    assert not folder.exists()
+    fill(store)  # goes on
+    with pytest.raises(InvalidValue, match="holds other files"):
+        files(tmp_path)
+
+
+def test_the_command_lists_and_removes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from freezeout.cli import main
+
+    def run(*words: object) -> tuple[Any, str, str]:
+        try:
+            main(["cache", *map(str, words)])
+            status: Any = 0
+        except SystemExit as end:
+            status = end.code
+        return (status, *capsys.readouterr())
+
+    folder = tmp_path / "cache"
+    fill(files(folder))
+    (key,) = (each.key for each in contents(folder))
+    status, out, err = run("list", folder)
+    assert (status, err) == (0, "")
+    assert out.startswith(f"{key}: 4 samples, ")
+    assert "first 2 layers of Net, up to b" in out
+    assert "held under 1 key\n" in out
+    (tmp_path / "mine.txt").write_text("")
+    for words, said in (
+        (("list", tmp_path / "none"), "there is no folder"),
+        (("remove", tmp_path), "holds other files (cache)"),
+        (("remove", folder, "--key", "x"), "no key in"),
+    ):
+        status, out, err = run(*words)
+        assert (status, out, len(err.splitlines())) == (2, "", 1)
+        assert said in err
+    assert run("remove", folder, "--key", key[:6])[0] == 0
+    assert contents(folder) == []
+    assert run("remove", folder)[0] == 0
+    assert sorted(os.listdir(tmp_path)) == ["mine.txt"]
 
 
 def trained(cache: PrefixCache, model: nn.Module, x: Tensor) -> list[Tensor]:
@@ -223,59 +345,72 @@ def frozen(depth: int = 2) -> tuple[nn.Module, FreezeOut, Tensor]:
     return model, freezer, x
 
 
-@pytest.mark.parametrize("moment", ["posix_fallocate", "pwrite", "replace"])
+@pytest.mark.parametrize("moment", ["mkdir", "pwrite", "replace"])
 def test_a_disk_that_fills_up_does_not_stop_training(
     moment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(*_: Any) -> Any:
+    def full(*_: Any, **__: Any) -> Any:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     model, freezer, x = frozen()
     cache = PrefixCache(freezer, 8, where=tmp_path / "cache", depths="all", budget=10**6)
     expected = [model(x[:4]), model(x[4:])]
-    # The header is written twice: when room is set aside, and for each depth.
-    once = iter([os.replace])
-    failing = full if moment != "replace" else lambda *args: next(once, full)(*args)
-    monkeypatch.setattr(os, moment, failing)
-    with pytest.warns(UserWarning, match="full|No space left"):
+    monkeypatch.setattr(os, moment, full)
+    with pytest.warns(UserWarning, match="cannot write to the cache: the disk is full"):
         outputs = trained(cache, model, x)
     assert all(map(torch.equal, outputs, expected))
     assert all(map(torch.equal, trained(cache, model, x), expected))
     assert cache.stats.hits == 0
 
 
-def test_a_folder_in_use_and_one_that_cannot_be_made_are_refused(tmp_path: Path) -> None:
-    store = files(tmp_path / "cache")
-    with pytest.raises(InvalidValue, match="in use by another process"):
-        files(tmp_path / "cache")
-    store.close()
+def test_a_folder_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(CacheError, match=r"cannot use .*file/cache for the cache"):
         files(tmp_path / "file" / "cache")
 
 
-def test_the_header_tells_what_the_records_are_of(tmp_path: Path) -> None:
-    model, freezer, x = frozen()
-    cache = PrefixCache(freezer, 8, where=tmp_path / "cache", depths="all", budget=10**6)
-    trained(cache, model, x)
-    cache.close()
-    header = json.loads((tmp_path / "cache" / "cache.json").read_text())
-    assert header["purpose"]["samples"] == 8
-    assert list(header["depths"]) == ["2"]
-    # The same weights in another process: everything is served at once.
-    model, freezer, x = frozen()
-    cache = PrefixCache(freezer, 8, where=tmp_path / "cache", depths="all", budget=10**6)
-    trained(cache, model, x)
-    assert cache.stats.hits == 8
-    cache.close()
-    # Others: nothing is.
-    model, freezer, x = frozen()
-    with torch.no_grad():
-        next(model.parameters())[0, 0] += 1e-3
-    cache = PrefixCache(freezer, 8, where=tmp_path / "cache", depths="all", budget=10**6)
-    with pytest.warns(UserWarning, match="records of other weights"):
-        trained(cache, model, x)
-    assert (cache.stats.hits, cache.stats.misses) == (0, 8)
+def test_runs_share_a_folder_where_weights_and_options_are_alike(tmp_path: Path) -> None:
+    def run(change: Any = None) -> tuple[int, int]:
+        model, freezer, x = frozen()
+        if change is not None:
+            change(model)
+        cache = PrefixCache(freezer, 8, where=tmp_path / "cache", depths="all", budget=10**6)
+        outputs = trained(cache, model, x)
+        assert all(map(torch.equal, outputs, [model(x[:4]), model(x[4:])]))
+        return cache.stats.hits, cache.stats.misses
+
+    def weights(model: nn.Module) -> None:
+        next(model.parameters()).data[0, 0] += 1e-3
+
+    def options(model: nn.Module) -> None:
+        next(model.children()).option = 3  # type: ignore[assignment]
+
+    assert run() == (0, 8)
+    assert run() == (8, 0)
+    assert run(weights) == (0, 8)
+    assert run(options) == (0, 8)
+    assert run() == (8, 0)
+    assert len(contents(tmp_path / "cache")) == 3
+
+
+def test_a_model_that_computes_otherwise_with_the_same_weights_is_noticed(tmp_path: Path) -> None:
+    """What its code does is in no fingerprint: what others stored is compared before it counts."""
+
+    def run(factor: float) -> PrefixCache:
+        model, freezer, x = frozen()
+        first = next(model.children())
+        first.forward = lambda x, own=first.forward: own(x) * factor
+        cache = PrefixCache(freezer, 8, where=tmp_path / "cache", depths="all", budget=10**6)
+        for _ in range(2):
+            outputs = trained(cache, model, x)
+            assert all(map(torch.equal, outputs, [model(x[:4]), model(x[4:])]))
+        return cache
+
+    run(1.0)
+    with pytest.warns(UserWarning, match="what another run has stored is left alone"):
+        cache = run(2.0)
+    assert (cache.stats.hits, cache.stats.misses) == (8, 8)
+    assert cache.off is None
 
 
 def test_layouts_keep_the_order_in_memory() -> None:
@@ -387,7 +522,7 @@ def test_what_was_decided_is_saved_and_of_the_same_layers_only() -> None:
 
 def test_the_break_even_is_as_its_examples_say() -> None:
     result = doctest.testmod(freezeout.cache.pays)
-    assert (result.failed, result.attempted) == (0, 4)
+    assert (result.failed, result.attempted) == (0, 6)
 
 
 @pytest.mark.parametrize(("total", "samples"), [(100, 8 * 50), (1000, 8 * 500)])
@@ -425,7 +560,31 @@ def test_groups_have_few_sizes() -> None:
 def test_a_cache_that_would_not_pay_stays_off() -> None:
     model, freezer, x = frozen()
     cache = PrefixCache(freezer, 8, depths="auto")
-    with pytest.warns(UserWarning, match="would not save time"):
+    with pytest.warns(UserWarning, match="would not save time here: (storing|reading)"):
         outputs = trained(cache, model, x)
     assert torch.equal(outputs[0], model(x[:4]))
     assert (cache.stats.bypassed, cache.depths) == (8, [])
+
+
+def test_a_cache_says_what_it_keeps_what_that_saved_and_why_not_more(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(*(nn.Linear(400, 400) for _ in range(5))), torch.randn(8, 400)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    freezer = FreezeOut(model, optimizer, 100, schedule=Frozen(4), example_inputs=x)
+    cache = PrefixCache(freezer, 10, where=tmp_path, depths="all", budget=10**6)
+    assert str(cache) == f"<cache in {tmp_path}: nothing of 10 samples>"
+    for _ in range(3):
+        trained(cache, model, x)
+    cache.stats.take()  # the summary is of the whole run
+    held = f"cache in {tmp_path}: what the first 4 of 5 layers give of 8 of 10 samples, 12.5 KiB"
+    assert cache.summary().startswith(f"{held}; served 16 times; ")
+    assert re.search(r"s saved \(.* s of frozen layers not computed, less .* s of", repr(cache))
+    assert cache.summary() in freezer.summary()
+    budget = PrefixCache(freezer, 10, depths="all", budget=1600 * 5)
+    with pytest.warns(UserWarning, match="budget of 8,000 bytes is used up with 4 of 10 samples"):
+        trained(budget, model, x)
+    assert "further ones are computed anew each time, 1,600 bytes each" in budget.summary()
+    assert cache.num_held == 8
+    del budget
+    gc.collect()
+    assert "8,000" not in freezer.summary()

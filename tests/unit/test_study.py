@@ -92,6 +92,16 @@ def test_strategies_without_t_0_are_made_with_each() -> None:
     ]
 
 
+def test_cached_arms_may_share_a_folder(tmp_path: Path) -> None:
+    names = ("frozen 2", "frozen 2 cached")
+    study = Study(strategies=names, cache=tmp_path, equal_time=False, seeds=(0, 1))
+    caches = [cell.config.cache for cell in study.cells()]
+    assert caches == ["off", "off", str(tmp_path)] * 2
+    file = tmp_path / "study.toml"
+    file.write_text(study.to_toml())
+    assert Study.from_options(read_options(file)).cells() == replace(study, out=study.out).cells()
+
+
 def test_cached_arms_have_a_rival_for_each_number_of_views() -> None:
     """A view costs its first visit, so that arms of other numbers of views take other times."""
     names = ("cubic scaled 0.8", "cubic scaled 0.8 cached 1 view", "cubic scaled 0.8 cached")

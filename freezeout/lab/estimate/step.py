@@ -9,14 +9,13 @@ from itertools import pairwise
 
 import torch
 
-from ...cache.pays import measure_store
+from ...cache.pays import measure_store, survey
 from ...cost import with_cache
 from ...errors import FreezeOutError, InvalidValue
 from ...profile import (
     Memory,
     StepCount,
     count_step,
-    measure_prefix_seconds,
     measure_step_costs,
     predict_memory,
 )
@@ -106,7 +105,7 @@ def step_of(
         start = time.perf_counter()
         shape = counted.count.step_costs()
         seconds = measure_step_costs(subject.step, subject.layers, shape=shape, device=device)
-        cached = _cached(subject, counted.count, seconds, device) if config.cache else None
+        cached = _cached(subject, seconds, device) if config.cache else None
         say(f"measured in {duration(time.perf_counter() - start)}")
     return Step(**vars(counted), seconds=tuple(seconds), cached_seconds=cached)
 
@@ -177,16 +176,17 @@ def _real_mistakes(
         gc.collect()
 
 
-def _cached(
-    subject: Subject, count: StepCount, seconds: list[float], device: torch.device
-) -> tuple[float, ...]:
+def _cached(subject: Subject, seconds: list[float], device: torch.device) -> tuple[float, ...]:
     """Seconds of a step at each depth if the frozen layers' results were read from memory."""
-    shape = count.prefix_costs()
-    prefix = measure_prefix_seconds(subject.forward, subject.layers, shape=shape, device=device)
+    with subject.autocast():
+        found = survey(subject.model, subject.layers, subject.as_batch(), device)
     # A byte, as the cache reads rows of a large tensor into a batch.
     row = max(1, _READ_BYTES // subject.batch_size)
     cpu = torch.device("cpu")
     reading, *_ = measure_store(row, subject.batch_size, cpu, device, folder=None, total=0)
-    rate = reading / (row * subject.batch_size)
-    read = [0.0, *(size * rate for size in count.frontier_bytes[1:])]
+    prefix, read = [0.0], [0.0]
+    for depth in range(1, len(seconds)):
+        held = found.bytes_at(depth, None)  # None: what an earlier depth gave is read
+        prefix.append(prefix[-1] if held is None else found.seconds[depth])
+        read.append(read[-1] if held is None else held / row * reading)
     return tuple(with_cache(seconds, prefix, read))

@@ -17,6 +17,7 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from ...cache.inputs import Batch
 from ...errors import InvalidValue
 from ...freezer import FreezeOut
 from ...layers.trace import call_arguments
@@ -83,7 +84,7 @@ class Subject:
         A function's model may return its own (an output with `.loss`, or one number); otherwise
         the mean of what it returns will do, whose value does not matter here.
         """
-        with self._autocast():
+        with self.autocast():
             output = self.model(*self._args, **self._kwargs)
         if not self._is_own:
             return F.cross_entropy(output.float(), self._labels)
@@ -96,10 +97,9 @@ class Subject:
             raise InvalidValue("the model returns no tensor that depends on its parameters")
         return torch.stack([result.float().mean() for result in results]).sum()
 
-    def forward(self) -> None:
-        """One forward pass."""
-        with self._autocast():
-            self.model(*self._args, **self._kwargs)
+    def as_batch(self) -> Batch:
+        """What the model takes, as the cache sees it."""
+        return Batch(self._args, self._kwargs, self.batch_size)
 
     def step(self) -> None:
         """One training step."""
@@ -107,7 +107,7 @@ class Subject:
         self.optimizer.step()
         self.optimizer.zero_grad()
 
-    def _autocast(self) -> Any:
+    def autocast(self) -> Any:
         if self.precision == "fp32":
             return nullcontext()
         return torch.autocast(self._device.type, torch.bfloat16)
