@@ -1,6 +1,7 @@
 """One batch as the model takes it: its samples, how to cut it, and a checksum of each sample."""
 
 import math
+from collections.abc import Iterable
 from functools import cached_property, lru_cache
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch.utils._pytree import tree_flatten_with_path, tree_unflatten
 
 from ..errors import InvalidType, InvalidValue
 from ..versions import Structure
-from .placeholders import Unservable
+from .placeholders import Placeholders, Unservable, unreadable
 
 _LOOKED_AT = 32 << 10  # bytes of a sample that its checksum covers: all, or evenly spread
 _CHANNELS = 64  # of each token of a sequence that are looked at: all, or evenly spread
@@ -87,20 +88,34 @@ class Batch:
         return Batch(args, kwargs, len(index))
 
     @cached_property
-    def shared(self) -> tuple[Any, int]:
-        """The shapes of what all samples share, and a checksum of its values. Unservable for a
-        sparse one."""
-        tensors = [
-            leaf.detach()
-            for name, leaf, has_rows in zip(self._names, self._leaves, self._rows, strict=True)
-            if isinstance(leaf, Tensor) and not has_rows and name not in _LABELS
-        ]
-        total = 0
-        for tensor in tensors:
-            if tensor.layout is not torch.strided:
-                raise Unservable(f"an argument is a tensor of {tensor.layout}")
-            total = hash((total, int(_row_sums(tensor.reshape(1, -1), None, 0))))
-        return tuple(tuple(tensor.shape) for tensor in tensors), total
+    def shared(self) -> dict[tuple[Any, ...], Any]:
+        """What all samples share: the place and shape of each tensor without rows, and a checksum
+        of its values; the place of each number, and itself. Unservable for a sparse tensor."""
+        found: dict[tuple[Any, ...], Any] = {}
+        leaves = zip(self._names, self._leaves, self._rows, strict=True)
+        for place, (name, leaf, has_rows) in enumerate(leaves):
+            if _is_number(leaf):
+                found[(place,)] = leaf
+            elif isinstance(leaf, Tensor) and not has_rows and name not in _LABELS:
+                if leaf.layout is not torch.strided:
+                    raise Unservable(f"an argument is a tensor of {leaf.layout}")
+                sums = _row_sums(leaf.detach().reshape(1, -1), None, 0)
+                found[place, *leaf.shape] = int(sums)
+        return found
+
+    def name(self, place: int) -> str:
+        """Of an argument, as a user knows it."""
+        return repr(self._names[place]) if self._names[place] else "without a name"
+
+    def hidden(self, places: Iterable[int], placeholders: Placeholders) -> "Batch":
+        """The same call, but what stands at these places raises as soon as its value is used."""
+        leaves = list(self._leaves)
+        for place in places:
+            leaf = leaves[place]
+            leaves[place] = (
+                placeholders.like(leaf) if isinstance(leaf, Tensor) else unreadable(leaf)
+            )
+        return self._with(leaves)
 
     @property
     def has_labels(self) -> bool:
@@ -249,7 +264,13 @@ def _unsized(leaf: Any) -> Any:
     return (leaf.ndim, leaf.dtype, leaf.device) if isinstance(leaf, Tensor) else _plain(leaf)
 
 
+def _is_number(leaf: Any) -> bool:
+    return isinstance(leaf, int | float) and not isinstance(leaf, bool)
+
+
 def _plain(leaf: Any) -> Any:
+    if _is_number(leaf):
+        return type(leaf)
     if isinstance(leaf, np.ndarray):
         return np.ndarray, leaf.shape, leaf.dtype, leaf.tobytes()
     try:

@@ -79,6 +79,24 @@ def check_labels(plan: Plan, model: nn.Module, batch: Batch) -> None:
     plan.labels_checked = True
 
 
+def check_unused(plan: Plan, model: nn.Module, batch: Batch, places: Sequence[int]) -> None:
+    """Unservable if frozen layers use the values of the arguments at these places, which all
+    samples share: the layers are run on stand-ins that cannot be read."""
+    hidden = batch.hidden(places, plan.placeholders)
+    with scratch(model):
+        real = plan.prefix(batch)
+        try:
+            same = all(map(equal, real, plan.prefix(hidden)))
+        except Exception:
+            same = False
+    if not same:
+        names = ", ".join(batch.name(place) for place in places)
+        raise Unservable(
+            f"an argument that is the same for all samples ({names}) has another value than when "
+            "activations were stored, and the frozen layers use it"
+        )
+
+
 def check_padding(plan: Plan, model: nn.Module, batch: Batch, frontier: Sequence[Tensor]) -> None:
     """Unservable if what frozen layers give for a sequence depends on what it is padded with: then
     it would depend on the batch. `frontier`: what they gave for this one."""

@@ -26,7 +26,7 @@ from .fold import FoldedPrefix
 from .inputs import Batch, check_ids
 from .placeholders import Placeholders, Unservable, reason_of
 from .plan import Plan
-from .planning import check_labels, check_padding, check_plan, make_plan
+from .planning import check_labels, check_padding, check_plan, check_unused, make_plan
 from .stats import CacheStats
 from .store import Keys
 from .where import store_for
@@ -112,7 +112,8 @@ class PrefixCache:
         self._verified: set[Any] = set()
         self._told: set[str] = set()
         self._numerics: Any = None
-        self._shared: dict[Any, int] = {}  # of each combination of shapes: a checksum
+        self._shared: dict[Any, Any] = {}  # values of arguments that all samples share
+        self._unused: dict[Any, str | None] = {}  # which of them, and why not
         self._watch = Watch(self._model, freezer.layers)
         self.off: str | None = None  # why the cache is off for good
         purpose = {
@@ -211,7 +212,6 @@ class PrefixCache:
             raise Unservable(
                 "the call differs in precision or in options from the first one that was cached"
             )
-        self._check_shared(batch)
         if not self._depths.is_surveyed:
             self._decide(batch)
             if self.off is not None:
@@ -225,6 +225,7 @@ class PrefixCache:
             tries += 1
             plan = self._plan_at(depth, batch)
             if plan is not None:
+                self._check_shared(plan, batch)
                 return plan
         return None
 
@@ -274,14 +275,26 @@ class PrefixCache:
         """What decides the bits of the frozen layers' results beside weights and inputs."""
         return precision(self._device.type), batch.family
 
-    def _check_shared(self, batch: Batch) -> None:
-        """What is stored depends on arguments that all samples share, too."""
-        shapes, values = batch.shared
-        if self._shared.get(shapes, values) != values:
-            raise Unservable(
-                "an argument that is the same for all samples has another value than when "
-                "activations were stored"
-            )
+    def _check_shared(self, plan: Plan, batch: Batch) -> None:
+        """What is stored depends on arguments that all samples share, too, if frozen layers use
+        them. Where one changes, that is found out, once."""
+        for argument, value in batch.shared.items():
+            if self._shared.get(argument, value) == value:
+                continue
+            place = argument[0]
+            key = plan.depth, self._model.training, batch.family, place
+            if key not in self._unused:
+                self._unused[key] = None
+                begin = time.perf_counter()
+                try:
+                    check_unused(plan, self._model, batch, [place])
+                except Unservable as refusal:
+                    self._unused[key] = str(refusal)
+                finally:
+                    self.stats.check_seconds += time.perf_counter() - begin
+            reason = self._unused[key]
+            if reason is not None:
+                raise Unservable(reason)
 
     def _check_weights(self, frozen: int) -> None:
         if self._watch.have_changed(frozen):
@@ -292,6 +305,7 @@ class PrefixCache:
         """Drop whatever depends on weights."""
         self._activations.clear()
         self._shared.clear()
+        self._unused.clear()
         self._plans.clear()
         self._verified.clear()
         if self._fold is not None:
@@ -305,7 +319,8 @@ class PrefixCache:
         except CacheError as error:
             self._turn_off(str(error))
             return self._plain(batch.args, batch.kwargs, batch.size)
-        self._shared.setdefault(*batch.shared)
+        for argument, value in batch.shared.items():
+            self._shared.setdefault(argument, value)
         inputs = batch.checksums()
         while True:
             try:
