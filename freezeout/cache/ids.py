@@ -19,6 +19,10 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset,
 from ..errors import InvalidType, InvalidValue
 
 Loader = TypeVar("Loader")
+_NO_BATCHES = (
+    "the DataLoader has batch_size=None: an item is a batch of its own, whose samples have no "
+    "numbers; give it a batch_size, and a data set of single samples"
+)
 
 
 class Indexed(NamedTuple):
@@ -113,33 +117,40 @@ def with_ids(loader: Loader) -> Loader:
         InvalidType, InvalidValue: for what is no torch `DataLoader`, a data set as
             `IndexedDataset` refuses it, or a loader that makes no batches.
     """
-    base: Any = vars(loader).get("base_dataloader") if hasattr(loader, "__dict__") else None
-    if base is not None:  # Accelerate's, around torch's
-        return cast(Loader, _copied(loader, base_dataloader=with_ids(base)))
-    if not isinstance(loader, DataLoader):
-        raise InvalidType(
-            f"{type(loader).__name__} is no torch DataLoader: give a DataLoader, or the numbers of "
-            "the samples yourself"
-        )
+    copied = _copied(loader)
+    index_in_place(copied)
+    return cast(Loader, copied)
+
+
+def index_in_place(loader: Any) -> Callable[[], None]:
+    """Make the loader itself do so, where another cannot take its place. Returns what undoes it.
+    Raises as `with_ids` does."""
+    while not isinstance(loader, DataLoader) or "base_dataloader" in vars(loader):
+        if "base_dataloader" not in getattr(loader, "__dict__", {}):
+            raise InvalidType(
+                f"{type(loader).__name__} is no torch DataLoader: give a DataLoader, or the "
+                "numbers of the samples yourself"
+            )
+        loader = loader.base_dataloader  # Accelerate's are around torch's
     if isinstance(loader.dataset, IndexedDataset):
-        return loader
+        return lambda: None
     data = IndexedDataset(loader.dataset, loader.collate_fn)
     if loader.batch_sampler is None and not isinstance(loader.sampler, BatchSampler):
         raise InvalidValue(_NO_BATCHES)
-    changed = _copied(loader, dataset=data, collate_fn=data.collate, _iterator=None)
-    return cast(Loader, changed)
+    own = vars(loader)  # the loader lets nobody set its data set
+    before = {"dataset": own["dataset"], "collate_fn": own["collate_fn"], "_iterator": None}
+    own.update(dataset=data, collate_fn=data.collate, _iterator=None)
+    return lambda: own.update(before)
 
 
-_NO_BATCHES = (
-    "the DataLoader has batch_size=None: an item is a batch of its own, whose samples have no "
-    "numbers; give it a batch_size, and a data set of single samples"
-)
-
-
-def _copied(loader: Any, **changes: Any) -> Any:
-    """The same loader with other attributes, which it would not let anybody set."""
+def _copied(loader: Any) -> Any:
+    """A shallow copy, of what is inside as well."""
+    if not hasattr(loader, "__dict__"):
+        return loader
     copied = object.__new__(type(loader))
-    vars(copied).update(vars(loader) | changes)
+    vars(copied).update(vars(loader))
+    if "base_dataloader" in vars(copied):
+        vars(copied)["base_dataloader"] = _copied(loader.base_dataloader)
     return copied
 
 

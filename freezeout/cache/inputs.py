@@ -99,7 +99,7 @@ class Batch:
             elif isinstance(leaf, Tensor) and not has_rows and name not in _LABELS:
                 if leaf.layout is not torch.strided:
                     raise Unservable(f"an argument is a tensor of {leaf.layout}")
-                sums = _row_sums(leaf.detach().reshape(1, -1), None, 0)
+                sums = thinned_sums(leaf.detach().reshape(1, -1))
                 found[place, *leaf.shape] = int(sums)
         return found
 
@@ -197,6 +197,11 @@ def _row_sums(
         bits = (_bits(flat.contiguous()) * inside[:, :, None]).flatten(1)
         weights = torch.arange(bits.shape[1], device=bits.device) * 0x9E3779B97F4A7C1 * 2 + 1
         return (bits * weights).sum(1)
+    return thinned_sums(leaf)
+
+
+def thinned_sums(leaf: Tensor) -> Tensor:
+    """(B,): of a part of each row, if it is large."""
     # This is done in each step of training, so with words of 32 bits, which processors multiply
     # several at a time, in the order in which they lie in memory.
     words, multipliers = _words(_thinned(leaf))

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from ..errors import CacheError, InvalidType, InvalidValue
@@ -67,6 +67,8 @@ class PrefixCache:
         fold: fold frozen BatchNorms into convolutions where frozen layers are computed (first
             visits, samples beyond the budget, view=None). Their results then differ in the last
             bits from the model's own.
+        model: the module of the freezer's model that is called in the model's place, where a
+            training step calls parts of it; None: the model.
 
     Raises:
         InvalidValue, InvalidType: arguments out of range, a folder that holds other files or is
@@ -85,6 +87,7 @@ class PrefixCache:
         views: int = 1,
         depths: str | Iterable[int] = "auto",
         fold: bool = False,
+        model: nn.Module | None = None,
     ) -> None:
         if not isinstance(freezer, FreezeOut):
             raise InvalidType(f"freezer must be a FreezeOut, got {type(freezer).__name__}")
@@ -97,14 +100,16 @@ class PrefixCache:
             whole_number("budget", budget)
         self.dtype = dtype
         self.stats = CacheStats()
-        self._model = freezer.model
+        self._model = freezer.model if model is None else model
+        if all(module is not self._model for module in freezer.model.modules()):
+            raise InvalidValue("model is no module of the freezer's model")
         self._device = next(self._model.parameters()).device
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             raise InvalidValue("the cache is for one process; this is one of several (DDP)")
         if sharded_modules(self._model):
             raise InvalidValue("the cache does not take a model that fully_shard was applied to")
         kept_as = DTYPES[dtype] if dtype else None
-        self._depths = Depths(depths, freezer, self.num_samples, kept_as)
+        self._depths = Depths(depths, freezer, self.num_samples, kept_as, self._model)
         self._fold = FoldedPrefix(self._model) if fold else None
         self._placeholders = Placeholders()
         self._plans: dict[Any, Plan] = {}
@@ -337,7 +342,8 @@ class PrefixCache:
         if (held == depth).all():
             tensors = activations.read(depth, batch, keys)
             self.stats.hits += batch.size
-            self.freezer.served()
+            if self._model.training:  # evaluation is no part of a step
+                self.freezer.served()
             return self._serve(plan, batch, tensors)
         fits = activations.make_room(depth, batch, keys, held)
         starts = set(held.tolist())
