@@ -1,10 +1,8 @@
 """Every batch comes with its samples' numbers, whatever an item is and however it is loaded."""
 
 import pickle
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -25,7 +23,6 @@ from torch.utils.data import (
 from freezeout.cache import Indexed, IndexedDataset, with_ids
 from freezeout.errors import InvalidType, InvalidValue
 
-DOCUMENT = Path(__file__).parents[2] / "docs" / "cache.md"
 COUNT = 10
 
 
@@ -175,13 +172,3 @@ def test_loaders_that_make_no_batches_are_refused() -> None:
     tuples: Any = [[(1, 0.5), (2, 0.1)]]
     with pytest.raises(InvalidType, match="no sample's number"):
         next(iter(with_ids(DataLoader(Items("tensor"), batch_sampler=tuples))))
-
-
-def test_the_documents_first_lines_run_and_are_served(capsys: pytest.CaptureFixture[str]) -> None:
-    code = re.findall(r"```python\n(.*?)```", DOCUMENT.read_text(), re.S)[0]
-    names: dict[str, Any] = {}
-    torch.manual_seed(0)
-    exec(compile(code, "the first block of docs/cache.md", "exec"), names)
-    assert names["cache"].stats.hits == 4 * 2000
-    assert names["cache"].refusals == []
-    assert "hits=8000" in capsys.readouterr().out
