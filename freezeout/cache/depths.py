@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
+from torch import nn
 
 from ..errors import CheckpointError, InvalidValue
 from ..freezer import FreezeOut
@@ -23,6 +24,7 @@ class Depths:
             depths themselves.
         samples: of the data set.
         dtype: of activations in store; None: the type they have.
+        model: what is called, the freezer's model or a part of it.
 
     Raises:
         InvalidValue, InvalidType: for depths that the model does not have.
@@ -34,8 +36,9 @@ class Depths:
         freezer: FreezeOut,
         samples: int,
         dtype: torch.dtype | None,
+        model: nn.Module,
     ) -> None:
-        self._freezer, self._samples, self._dtype = freezer, samples, dtype
+        self._freezer, self._samples, self._dtype, self._model = freezer, samples, dtype, model
         self._asked = asked if isinstance(asked, str) else "given"
         self._survey: Survey | None = None
         self._time = 0  # T of the batch surveyed, where there are sequences
@@ -62,7 +65,7 @@ class Depths:
             self.chosen = frozenset()  # nothing has to be measured
             return "samples do not come back once layers are frozen; freeze earlier or train longer"
         self._time = batch.time if batch.lengths is not None else 0
-        self._survey = survey(freezer.model, freezer.layers, batch, store.serve_on, is_open)
+        self._survey = survey(self._model, freezer.layers, batch, store.serve_on, is_open)
         if self.chosen is not None:
             return None
         keys, count = len(store.index), len(freezer.layers)

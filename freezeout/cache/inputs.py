@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_flatten_with_path, tree_unflatten
 
 from ..errors import InvalidType, InvalidValue
 from ..versions import Structure
-from .placeholders import Unservable
+from .placeholders import Placeholders, Unservable, unreadable
 
 _LOOKED_AT = 32 << 10  # bytes of a sample that its checksum covers: all, or evenly spread
 _FEW = 5  # samples that stand for a batch: a number that few sizes inside a model have
@@ -114,20 +114,31 @@ class Batch:
         return self.rows(list(dict.fromkeys([*ends, *range(count)]))[:count])
 
     @cached_property
-    def shared(self) -> tuple[Any, int]:
-        """The shapes of what all samples share, and a checksum of its values. Unservable for a
-        sparse one."""
-        tensors = [
-            leaf.detach()
-            for name, leaf, has_rows in zip(self._names, self._leaves, self._rows, strict=True)
-            if isinstance(leaf, Tensor) and not has_rows and name not in _LABELS
-        ]
-        total = 0
-        for tensor in tensors:
-            if tensor.layout is not torch.strided:
-                raise Unservable(f"an argument is a tensor of {tensor.layout}")
-            total = hash((total, int(_row_sums(tensor.reshape(1, -1), None, 0))))
-        return tuple(tuple(tensor.shape) for tensor in tensors), total
+    def shared(self) -> dict[tuple[Any, ...], Any]:
+        """What all samples share: the place and shape of each tensor without rows, and a checksum
+        of its values; the place of each number, and itself. Unservable for a sparse tensor."""
+        found: dict[tuple[Any, ...], Any] = {}
+        leaves = zip(self._names, self._leaves, self._rows, strict=True)
+        for place, (name, leaf, has_rows) in enumerate(leaves):
+            if _is_number(leaf):
+                found[(place,)] = leaf
+            elif isinstance(leaf, Tensor) and not has_rows and name not in _LABELS:
+                if leaf.layout is not torch.strided:
+                    raise Unservable(f"an argument is a tensor of {leaf.layout}")
+                sums = thinned_sums(leaf.detach().reshape(1, -1))
+                found[place, *leaf.shape] = int(sums)
+        return found
+
+    def name(self, place: int) -> str:
+        """Of an argument, as a user knows it."""
+        return repr(self._names[place]) if self._names[place] else "without a name"
+
+    def hidden(self, place: int, placeholders: Placeholders) -> "Batch":
+        """The same call, but the argument at this place raises as soon as its value is used."""
+        leaves = self._leaves
+        leaf = leaves[place]
+        hidden = placeholders.like(leaf) if isinstance(leaf, Tensor) else unreadable(leaf)
+        return self._with([*leaves[:place], hidden, *leaves[place + 1 :]])
 
     @property
     def has_labels(self) -> bool:
@@ -215,6 +226,11 @@ def _row_sums(
         bits = (_bits(flat.contiguous()) * inside[:, :, None]).flatten(1)
         weights = torch.arange(bits.shape[1], device=bits.device) * 0x9E3779B97F4A7C1 * 2 + 1
         return (bits * weights).sum(1)
+    return thinned_sums(leaf)
+
+
+def thinned_sums(leaf: Tensor) -> Tensor:
+    """(B,): of a part of each row, if it is large."""
     # This is done in each step of training, so with words of 32 bits, which processors multiply
     # several at a time, in the order in which they lie in memory.
     words, multipliers = _words(_thinned(leaf))
@@ -282,7 +298,13 @@ def _unsized(leaf: Any) -> Any:
     return (leaf.ndim, leaf.dtype, leaf.device) if isinstance(leaf, Tensor) else _plain(leaf)
 
 
+def _is_number(leaf: Any) -> bool:
+    return isinstance(leaf, int | float) and not isinstance(leaf, bool)
+
+
 def _plain(leaf: Any) -> Any:
+    if _is_number(leaf):
+        return type(leaf)
     if isinstance(leaf, np.ndarray):
         return np.ndarray, leaf.shape, leaf.dtype, leaf.tobytes()
     try:

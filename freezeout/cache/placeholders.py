@@ -43,6 +43,32 @@ class Placeholders:
         return self.make(tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
 
 
+def _refuse(self: Any, *others: Any) -> Any:
+    raise Unservable("the value of a number was used")
+
+
+_READING = (
+    *("bool", "int", "float", "index", "complex", "hash", "str", "repr", "format", "round"),
+    *("eq", "ne", "lt", "le", "gt", "ge", "neg", "pos", "abs", "invert", "trunc", "floor", "ceil"),
+    *(
+        side + name
+        for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "divmod", "pow")
+        for side in ("", "r")
+    ),
+    *(side + name for name in ("and", "or", "xor", "lshift", "rshift") for side in ("", "r")),
+)
+_METHODS = {f"__{name}__": _refuse for name in _READING}
+_Int = type("_Int", (int,), _METHODS)
+_Float = type("_Float", (float,), _METHODS)
+
+
+def unreadable(number: int | float) -> Any:
+    """A number that raises when Python reads it. What compiled code reads of it is wrong."""
+    if isinstance(number, int):
+        return _Int(-3 * number - 7)
+    return _Float(-3.1 * number - 7.3)
+
+
 def tensors_within(value: Any, depth: int = 0) -> Iterator[Tensor]:
     """Every tensor in a structure, also inside objects that it holds (a key-value cache, say)."""
     for leaf in tree_leaves(value):

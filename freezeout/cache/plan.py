@@ -97,7 +97,7 @@ class Plan:
     ) -> None:
         self.depth, self.calls, self.only_size, self.draws = depth, tuple(calls), only_size, draws
         self.frontier = self.calls[-1]
-        self._model, self._placeholders, self._stand_ins = model, placeholders, stand_ins
+        self._model, self.placeholders, self._stand_ins = model, placeholders, stand_ins
         self.modules = list(dict.fromkeys(call.module for call in self.calls))
         # The last call is this one of its module's.
         self._nth = sum(call.module is self.frontier.module for call in self.calls)
@@ -216,7 +216,7 @@ class Plan:
         specs = self.calls[number].tensors
         if len(made) != len(specs) or any(t._version or t.requires_grad for t in made):
             made = [
-                self._placeholders.make(
+                self.placeholders.make(
                     s.shape(self._size), s.strides(self._size), s.dtype, s.device
                 )
                 for s in specs

@@ -100,6 +100,23 @@ def check_labels(plan: Plan, model: nn.Module, batch: Batch) -> None:
     plan.labels_checked = True
 
 
+def check_unused(plan: Plan, model: nn.Module, batch: Batch, place: int) -> None:
+    """Unservable if frozen layers use the value of the argument at this place, which all samples
+    share: the layers are run on a stand-in that cannot be read."""
+    batch = batch.pair
+    with scratch(model):
+        real = plan.prefix(batch)
+        try:
+            same = all(map(equal, real, plan.prefix(batch.hidden(place, plan.placeholders))))
+        except Exception:
+            same = False
+    if not same:
+        raise Unservable(
+            f"an argument that is the same for all samples ({batch.name(place)}) has another value "
+            "than when activations were stored, and the frozen layers use it"
+        )
+
+
 def check_padding(plan: Plan, model: nn.Module, batch: Batch) -> None:
     """Unservable if what frozen layers give for a sequence depends on what it is padded with: then
     it would depend on the batch."""

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from ..errors import CacheError, InvalidType, InvalidValue
@@ -26,7 +26,7 @@ from .fingerprint import Watch
 from .inputs import Batch, check_ids
 from .placeholders import Placeholders, Unservable, reason_of
 from .plan import Plan
-from .planning import check_labels, check_padding, check_plan, make_plan, real_pass
+from .planning import check_labels, check_padding, check_plan, check_unused, make_plan, real_pass
 from .stats import CacheStats
 from .store import Damaged, Keys
 from .where import store_for
@@ -64,6 +64,8 @@ class PrefixCache:
         depths: at which depths (numbers of frozen layers) to keep activations. "auto": where
             measurements, made once, say that it pays and fits; "all": where it fits; or the
             depths themselves.
+        model: the module of the freezer's model that is called in the model's place, where a
+            training step calls parts of it; None: the model.
 
     Raises:
         InvalidValue, InvalidType: arguments out of range, a folder that holds other files, or
@@ -81,6 +83,7 @@ class PrefixCache:
         dtype: str | None = None,
         views: int = 1,
         depths: str | Iterable[int] = "auto",
+        model: nn.Module | None = None,
     ) -> None:
         if not isinstance(freezer, FreezeOut):
             raise InvalidType(f"freezer must be a FreezeOut, got {type(freezer).__name__}")
@@ -93,21 +96,24 @@ class PrefixCache:
             whole_number("budget", budget)
         self.dtype = dtype
         self.stats = CacheStats()
-        self._model = freezer.model
+        self._model = freezer.model if model is None else model
+        if all(module is not self._model for module in freezer.model.modules()):
+            raise InvalidValue("model is no module of the freezer's model")
         self._device = next(self._model.parameters()).device
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             raise InvalidValue("the cache is for one process; this is one of several (DDP)")
         if sharded_modules(self._model):
             raise InvalidValue("the cache does not take a model that fully_shard was applied to")
         kept_as = DTYPES[dtype] if dtype else None
-        self._depths = Depths(depths, freezer, self.num_samples, kept_as)
+        self._depths = Depths(depths, freezer, self.num_samples, kept_as, self._model)
         self._placeholders = Placeholders()
         self._plans: dict[Any, Plan] = {}
         self._refused: dict[Any, str] = {}
         self._verified: set[Any] = set()
         self._told: set[str] = set()
         self._numerics: Any = None
-        self._shared: dict[Any, int] = {}  # of each combination of shapes: a checksum
+        self._shared: dict[Any, Any] = {}  # values of arguments that all samples share
+        self._unused: dict[Any, str | None] = {}  # which of them, and why not
         self._watch = Watch(self._model, freezer.layers)
         self.off: str | None = None  # why the cache is off for good
         keys = self.num_samples * self.views
@@ -223,7 +229,6 @@ class PrefixCache:
             raise Unservable(
                 "the call differs in precision or in options from the first one that was cached"
             )
-        self._check_shared(batch)
         if not self._depths.is_surveyed:
             self._decide(batch)
             if self.off is not None:
@@ -237,6 +242,7 @@ class PrefixCache:
             tries += 1
             plan = self._plan_at(depth, batch)
             if plan is not None:
+                self._check_shared(plan, batch)
                 return plan
         return None
 
@@ -284,14 +290,24 @@ class PrefixCache:
         """What decides the bits of the frozen layers' results beside weights and inputs."""
         return precision(self._device.type), batch.family
 
-    def _check_shared(self, batch: Batch) -> None:
-        """What is stored depends on arguments that all samples share, too."""
-        shapes, values = batch.shared
-        if self._shared.get(shapes, values) != values:
-            raise Unservable(
-                "an argument that is the same for all samples has another value than when "
-                "activations were stored"
-            )
+    def _check_shared(self, plan: Plan, batch: Batch) -> None:
+        """What is stored depends on arguments that all samples share, too, if frozen layers use
+        them. Where one changes, that is found out, once."""
+        for argument, value in batch.shared.items():
+            if self._shared.get(argument, value) == value:
+                continue
+            place = argument[0]
+            key = plan.depth, self._model.training, batch.family, place
+            if key not in self._unused:
+                self._unused[key] = None
+                try:
+                    with self._checking():
+                        check_unused(plan, self._model, batch, place)
+                except Unservable as refusal:
+                    self._unused[key] = str(refusal)
+            reason = self._unused[key]
+            if reason is not None:
+                raise Unservable(reason)
 
     def _check_weights(self, frozen: int) -> None:
         if self._watch.have_changed(frozen):
@@ -302,6 +318,7 @@ class PrefixCache:
         """Drop whatever depends on weights."""
         self._activations.clear()
         self._shared.clear()
+        self._unused.clear()
         self._plans.clear()
         self._verified.clear()
 
@@ -313,7 +330,8 @@ class PrefixCache:
         except CacheError as error:
             self._turn_off(str(error))
             return self._plain(batch.args, batch.kwargs, batch.size)
-        self._shared.setdefault(*batch.shared)
+        for argument, value in batch.shared.items():
+            self._shared.setdefault(argument, value)
         inputs = batch.checksums()
         while True:
             try:
@@ -347,7 +365,7 @@ class PrefixCache:
             return self._plain(batch.args, batch.kwargs, batch.size)
         self.stats.hits += hits
         self._activations.spared.served(plan.depth, hits)
-        if hits == batch.size:
+        if hits == batch.size and self._model.training:  # evaluation is no part of a step
             self.freezer.served()
         try:
             return plan.run(batch, tensors)
@@ -589,7 +607,7 @@ def _padded(rows: Any, size: int) -> Any:
     return np.pad(rows, (0, missing), mode="edge")
 
 
-def _name(model: torch.nn.Module) -> str:
+def _name(model: nn.Module) -> str:
     """The model's class, and what its weights were loaded from, where it knows."""
     source = getattr(getattr(model, "config", None), "_name_or_path", None)
     return type(model).__name__ + (f" ({source})" if source and isinstance(source, str) else "")

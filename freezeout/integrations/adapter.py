@@ -8,6 +8,7 @@ from typing import Any, Never
 from torch import nn
 from torch.optim import Optimizer
 
+from ..cache import PrefixCache
 from ..errors import InvalidValue
 from ..freezer import FreezeOut
 from ..layers import ExampleInputs, Layer, find_layers, given_layers
@@ -16,6 +17,7 @@ from ..plan import Plan, check_plan
 from ..planned import plan_layers
 from ..schedule import Schedule, read_plan, refuse_options
 from ..values import plain, whole_number
+from .caching import RunCache, cache_options
 
 Part = str | nn.Module
 
@@ -32,12 +34,18 @@ class Adapter:
         freeze_every, anneal, keep_awake: as in `FreezeOut`.
         allow_schedule_change: a checkpoint may be of another schedule or length: go on from its
             step with this one (to lengthen a run, say).
+        cache: keep what frozen layers compute of each sample, and serve it in their place: True,
+            or options of `PrefixCache` in a mapping. Training and evaluation are served (not with
+            `{"evaluation": False}`), prediction is not. Where the cache can have no part, a
+            warning says why, and the run goes on without.
 
     Attributes:
+        cache: the `PrefixCache` that training is served from, or was; None: there is none.
         freezer: the `FreezeOut` of the run that goes on, or went last; None before the first.
     """
 
     _of_run: tuple[str, ...] = ()  # attributes beside `freezer` that only a run has
+    _caching: RunCache | None = None
 
     def __init__(
         self,
@@ -49,6 +57,7 @@ class Adapter:
         anneal: bool = True,
         keep_awake: bool = False,
         allow_schedule_change: bool = False,
+        cache: bool | Mapping[str, Any] = False,
         **unknown: Never,
     ) -> None:
         refuse_options(type(self).__name__, unknown, signature(type(self)).parameters)
@@ -65,6 +74,12 @@ class Adapter:
         self.keep_awake = keep_awake
         self.allow_schedule_change = allow_schedule_change
         self.freezer: FreezeOut | None = None
+        self._cache_options = cache_options(cache)
+
+    @property
+    def cache(self) -> PrefixCache | None:
+        """The cache of the run that goes on, or went last."""
+        return None if self._caching is None else self._caching.training
 
     def _start(
         self,
@@ -131,7 +146,8 @@ class Adapter:
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles, such as Lightning makes for processes that it starts, have the
         options, and no part in the run that goes on."""
-        state = {name: value for name, value in vars(self).items() if name not in self._of_run}
+        of_run = {*self._of_run, "_caching"}
+        state = {name: value for name, value in vars(self).items() if name not in of_run}
         return {**state, "freezer": None}
 
     def _end(self) -> None:
@@ -152,6 +168,7 @@ class Adapter:
             "anneal": self.anneal,
             "keep_awake": self.keep_awake,
             "allow_schedule_change": self.allow_schedule_change,
+            "cache": False if self._cache_options is None else _plain_options(self._cache_options),
         }
 
     def _figures(self) -> dict[str, float]:
@@ -165,6 +182,19 @@ class Adapter:
         if (saved := self.freezer.seconds_saved()) is not None:
             figures["freezeout/saved_share"] = saved.share
         return figures
+
+
+def _plain_options(options: Mapping[str, Any]) -> Any:
+    """As a checkpoint in JSON takes them, and an adapter takes them back."""
+    plainly: dict[str, Any] = {
+        name: value if isinstance(value, str | int | None) else str(value)
+        for name, value in options.items()
+        if name != "depths"
+    }
+    if "depths" in options:
+        depths = options["depths"]
+        plainly["depths"] = depths if isinstance(depths, str) else list(depths)
+    return plainly or True
 
 
 def _named(names: Mapping[nn.Module, str], entry: Any) -> Any:

@@ -8,13 +8,16 @@ runs, and its closure is called before the optimizer's step, in which FreezeOut 
 """
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import wraps
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import BaseFinetuning, StochasticWeightAveraging
+from lightning.pytorch.callbacks import (
+    BaseFinetuning,
+    StochasticWeightAveraging,
+)
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
@@ -26,6 +29,7 @@ from ..layers.names import from_names, to_names
 from ..layers.trace import rows_of
 from ..parallel import check_ranks_agree, rewrap
 from .adapter import Adapter
+from .caching import Outermost, RunCache, take_ids
 
 
 class FreezeOutCallback(Adapter, Callback):
@@ -40,21 +44,111 @@ class FreezeOutCallback(Adapter, Callback):
     Checkpoints hold its state. After `fit` the module is an ordinary one again: what you did not
     freeze yourself is trainable. A batch in which an optimizer made a step counts as one step.
 
+    With `cache=True` frozen layers are not computed again: each sample's activation is kept, and
+    served in training and in validation on a fixed set. `callback.cache` is the `PrefixCache`.
+    What is served is the module that `training_step` calls and that holds the frozen layers.
+
     The progress bar shows how many layers are `frozen`. Loggers get `freezeout/num_frozen` and
     the shares that freezing has saved: `freezeout/flops_saved`, of the network's FLOPs, and
     `freezeout/saved_share`, of the steps' time where it can be told.
     """
 
-    _of_run = ("_first", "_early")
+    _of_run = ("_first", "_early", "_outermost", "_numbers")
     _state: dict[str, Any] | None = None  # of a checkpoint, or of the last fit
     _first: "_FirstStep | None" = None  # the first training step, while it is watched
     _early: tuple[Layer, ...] = ()  # frozen in it, before FreezeOut is built
+    _outermost: Outermost | None = None  # what a step calls, while that is watched
+    _numbers: tuple[Any, Any] = None, 0  # of the batch that goes on, and which loader's it is
     _counted = 0  # trainer.global_step when it was last looked at
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         thaw(pl_module)  # before optimizers are built of what requires a gradient
         if stage == "fit":
             _check_others(trainer, pl_module)
+            if self._cache_options is not None:
+                self._cache_in(trainer, pl_module, self._cache_options)
+
+    def _cache_in(
+        self, trainer: Trainer, pl_module: LightningModule, options: Mapping[str, Any]
+    ) -> None:
+        """Have loaders number their samples, when Lightning has made them what it wants and before
+        it begins to draw from them; and take the numbers off each batch before anybody sees it."""
+        self._caching = caching = RunCache(options, lambda: self.freezer)
+        fit, evaluation = trainer.fit_loop, trainer.fit_loop.epoch_loop.val_loop
+        before_first = fit._load_combined_loader_states
+        set_up, transfer = evaluation.setup_data, pl_module._on_before_batch_transfer
+
+        def numbered() -> None:
+            loaders = fit._combined_loader
+            assert loaders is not None
+            if isinstance(loaders.iterables, list | tuple | dict):
+                caching.refuse("there are several training loaders, whose samples share numbers")
+            else:
+                caching.number(loaders.flattened[0])
+            before_first()
+
+        def set_up_numbered() -> None:
+            set_up()
+            loaders = evaluation._combined_loader
+            if loaders is not None and loaders._mode == "sequential":
+                for number, loader in enumerate(loaders.flattened):
+                    caching.number(loader, number)
+
+        def without_numbers(batch: Any, dataloader_idx: int = 0) -> Any:
+            batch, ids = take_ids(batch)
+            self._numbers = ids, dataloader_idx
+            return transfer(batch, dataloader_idx)
+
+        vars(fit)["_load_combined_loader_states"] = numbered
+        vars(evaluation)["setup_data"] = set_up_numbered
+        vars(pl_module)["_on_before_batch_transfer"] = without_numbers
+        caching.in_the_end(lambda: vars(fit).pop("_load_combined_loader_states", None))
+        caching.in_the_end(lambda: vars(evaluation).pop("setup_data", None))
+        caching.in_the_end(lambda: vars(pl_module).pop("_on_before_batch_transfer", None))
+
+    def _begin_cached(self, pl_module: LightningModule) -> None:
+        """In a step whose samples are known: serve what it calls, or find out what that is."""
+        caching = self._caching
+        assert caching is not None
+        if self._numbers[0] is None:
+            return
+        if caching.module is None and caching.is_wanted:
+            self._outermost = Outermost(pl_module)
+        caching.begin_step(self._numbers[0])
+
+    def _end_cached(self) -> None:
+        caching, watched = self._caching, self._outermost
+        assert caching is not None
+        caching.end_step()
+        if watched is None:
+            return
+        watched.remove()
+        self._outermost = None
+        if self.freezer is not None:
+            try:
+                caching.attach(watched.served(self.freezer))
+            except InvalidValue as error:
+                caching.is_wanted = False
+                caching.refuse(str(error))
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._caching is not None:
+            self._caching.evaluation_begins()
+
+    def on_validation_batch_start(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        if self._caching is not None:
+            self._caching.begin_step(*self._numbers)
+
+    def on_validation_batch_end(self, *args: Any, **kwargs: Any) -> None:
+        if self._caching is not None:
+            self._caching.end_step()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._end()
@@ -71,6 +165,8 @@ class FreezeOutCallback(Adapter, Callback):
         if self._state is not None:
             found = from_names(pl_module, self._state["layers"])
             self._begin(trainer, pl_module, found=found, state=self._state["freezer"])
+            if self._caching is not None:
+                self._caching.state = self._state.get("cache")
         elif inputs is not None:
             inputs = trainer.strategy.batch_to_device(
                 trainer.precision_plugin.convert_input(inputs)
@@ -148,6 +244,8 @@ class FreezeOutCallback(Adapter, Callback):
             self._first.forward_begins(batch)
         if self.freezer is not None:
             self.freezer.forward_begins()
+        if self._caching is not None:
+            self._begin_cached(pl_module)
 
     def on_before_backward(
         self, trainer: Trainer, pl_module: LightningModule, loss: Tensor
@@ -169,6 +267,8 @@ class FreezeOutCallback(Adapter, Callback):
     ) -> None:
         if self._first is not None:
             self._first.batch_ended()
+        if self._caching is not None:
+            self._end_cached()
         if self.freezer is None:
             return
         if trainer.global_step > self._counted and self.freezer.step():
@@ -195,6 +295,11 @@ class FreezeOutCallback(Adapter, Callback):
             self._first.leave()
             self._first = None
         self._state = self.state_dict() or None
+        if self._outermost is not None:
+            self._outermost.remove()
+            self._outermost = None
+        if self._caching is not None:
+            self._caching.end()
         self._end()
         if self._early:
             self._early = ()
@@ -211,6 +316,7 @@ class FreezeOutCallback(Adapter, Callback):
         return {
             "freezer": self.freezer.state_dict(),
             "layers": to_names(self.freezer.model, self.freezer.layers),
+            **({} if self.cache is None else {"cache": self.cache.state_dict()}),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

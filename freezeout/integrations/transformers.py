@@ -3,8 +3,10 @@
 trainer = Trainer(model, args, train_dataset=data, callbacks=[FreezeOutTrainerCallback()])
 """
 
-from collections.abc import Callable
-from functools import wraps
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial, wraps
 from typing import Any
 
 import torch
@@ -15,10 +17,12 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_callback import ExportableState
 from transformers.training_args import ParallelMode
 
+from ..cache import Indexed
 from ..errors import CheckpointError, FreezeOutError, InvalidValue
 from ..freezer import thaw
 from ..parallel import check_ranks_agree
 from .adapter import Adapter
+from .caching import RunCache, take_ids
 
 
 class FreezeOutTrainerCallback(Adapter, TrainerCallback, ExportableState):
@@ -32,12 +36,19 @@ class FreezeOutTrainerCallback(Adapter, TrainerCallback, ExportableState):
     step's forward pass. Checkpoints hold the state, in `trainer_state.json`. After `train()` the
     model is an ordinary one again, everything trainable.
 
+    With `cache=True` frozen layers are not computed again: each sample's activation is kept, and
+    served in training and in evaluation on a fixed set. `callback.cache` is the `PrefixCache`.
+
     Logs get `freezeout/num_frozen` and `freezeout/saved_share`, the share of the steps' time that
     freezing has saved.
     """
 
-    _of_run = ("_hook",)
+    _of_run = ("_hook", "_numbers", "_evaluated", "_trainer")
     _hook: RemovableHandle | None = None
+    _trainer: Trainer | None = None  # while it trains
+    _numbers: deque[Any]  # of the batches that are to be trained on next
+    _evaluated: tuple[Any, Any] = None, None  # numbers of a batch, and of which set
+    cache_state: dict[str, Any] | None = None
     freezer_state: dict[str, Any] | None = None  # what a Trainer that restores callbacks sets
 
     def on_init_end(
@@ -67,6 +78,7 @@ class FreezeOutTrainerCallback(Adapter, TrainerCallback, ExportableState):
         self.freezer = None
         _refuse(args)
         saved: Any = None
+        cache_state: Any = None
         if state.global_step:
             callbacks: Any = state.stateful_callbacks
             saved = callbacks.get(type(self).__name__)
@@ -76,6 +88,7 @@ class FreezeOutTrainerCallback(Adapter, TrainerCallback, ExportableState):
                     "FreezeOutTrainerCallback; start from its weights instead, or go on without "
                     "the callback"
                 )
+            cache_state = saved["attributes"].get("cache_state")
             saved = saved["attributes"]["freezer_state"]
         total = state.max_steps if self.total_steps is None else self.total_steps
 
@@ -88,6 +101,23 @@ class FreezeOutTrainerCallback(Adapter, TrainerCallback, ExportableState):
                 check_ranks_agree(freezer)
 
         self._hook = model.register_forward_pre_hook(begin, prepend=True, with_kwargs=True)
+        if self._cache_options is not None and self._trainer is not None:
+            caching = RunCache(
+                self._cache_options, lambda: self.freezer, self._trainer.accelerator.autocast
+            )
+            self._caching, caching.state, caching.before_call = caching, cache_state, begin
+            self._numbers.clear()
+            if args.torch_compile:
+                caching.refuse(
+                    "TrainingArguments(torch_compile=True) compiles the model as a whole"
+                )
+            else:
+                caching.number(others["train_dataloader"])
+                caching.attach(model)
+
+    def on_epoch_begin(self, *args: Any, **others: Any) -> None:
+        if self._trainer is not None:
+            self._numbers.clear()
 
     def on_pre_optimizer_step(self, *args: Any, **others: Any) -> None:
         if self.freezer is None:
@@ -123,6 +153,8 @@ class FreezeOutTrainerCallback(Adapter, TrainerCallback, ExportableState):
 
     def _end(self) -> None:
         self._unhook()
+        if self._caching is not None:
+            self._caching.end()
         super()._end()
 
     def state(self) -> dict[str, Any]:
@@ -131,9 +163,109 @@ class FreezeOutTrainerCallback(Adapter, TrainerCallback, ExportableState):
         return {
             "args": self._options(),
             "attributes": {
-                "freezer_state": None if self.freezer is None else self.freezer.state_dict()
+                "freezer_state": None if self.freezer is None else self.freezer.state_dict(),
+                "cache_state": None if self.cache is None else self.cache.state_dict(),
             },
         }
+
+    @contextmanager
+    def _driving(self, trainer: Trainer) -> Iterator[None]:
+        """While a Trainer trains: numbers are taken off its batches, and it is said for which
+        batch it calls the model. In the end all is as it was."""
+        self._trainer, self._numbers = trainer, deque()
+        names = ("get_batch_samples", "training_step", "get_eval_dataloader", "prediction_step")
+        kept = {name: vars(trainer).get(name) for name in names}
+        own = {name: getattr(trainer, name) for name in names}
+
+        def get_batch_samples(batches: Iterator[Any], *args: Any, **kwargs: Any) -> Any:
+            return own["get_batch_samples"](map(self._taken, batches), *args, **kwargs)
+
+        def training_step(model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+            assert self._caching is not None
+            if isinstance(inputs, Indexed):  # from a loop of one's own
+                inputs = self._taken(inputs)
+            with self._caching.step(self._numbers.popleft() if self._numbers else None):
+                return own["training_step"](model, inputs, *args, **kwargs)
+
+        def get_eval_dataloader(eval_dataset: Any = None, *args: Any, **kwargs: Any) -> Any:
+            loader = own["get_eval_dataloader"](eval_dataset, *args, **kwargs)
+            if self._caching is None:
+                return loader
+            if eval_dataset is None or eval_dataset is trainer.eval_dataset:
+                eval_dataset = "evaluation"
+            name = eval_dataset if isinstance(eval_dataset, str) else _Itself(eval_dataset)
+            self._caching.number(loader, name)
+            return _Taken(loader, partial(self._evaluating, name))
+
+        def prediction_step(*args: Any, **kwargs: Any) -> Any:
+            assert self._caching is not None
+            with self._caching.step(*self._evaluated):
+                return own["prediction_step"](*args, **kwargs)
+
+        try:
+            if self._cache_options is not None:
+                vars(trainer).update(
+                    get_batch_samples=get_batch_samples,
+                    training_step=training_step,
+                    get_eval_dataloader=get_eval_dataloader,
+                    prediction_step=prediction_step,
+                )
+            yield
+        finally:
+            self._end()
+            self._trainer = None
+            if self._cache_options is not None:
+                for name, value in kept.items():
+                    vars(trainer).pop(name)
+                    if value is not None:
+                        vars(trainer)[name] = value
+
+    def _taken(self, batch: Any) -> Any:
+        """The batch without its numbers, which are kept for its step."""
+        batch, ids = take_ids(batch)
+        self._numbers.append(ids)
+        return batch
+
+    def _evaluating(self, name: Any, batches: Iterator[Any]) -> Iterator[Any]:
+        """The batches without their numbers; while one is worked on, they are `_evaluated`."""
+        assert self._caching is not None
+        self._caching.evaluation_begins()
+        try:
+            for each in batches:
+                batch, ids = take_ids(each)
+                self._evaluated = ids, name
+                yield batch
+        finally:
+            self._evaluated = None, None
+
+
+class _Taken:
+    """A loader whose batches pass through a function; for the rest, it is the loader."""
+
+    def __init__(self, loader: Any, through: Callable[[Iterator[Any]], Iterator[Any]]) -> None:
+        self._loader, self._through = loader, through
+
+    def __iter__(self) -> Iterator[Any]:
+        return self._through(iter(self._loader))
+
+    def __len__(self) -> int:
+        return len(self._loader)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._loader, name)
+
+
+class _Itself:
+    """A data set, as the name of a set that is evaluated on."""
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Itself) and other.dataset is self.dataset
+
+    def __hash__(self) -> int:
+        return id(self.dataset)
 
 
 def _released_in_the_end(train: Callable[..., Any]) -> Callable[..., Any]:
@@ -142,12 +274,11 @@ def _released_in_the_end(train: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(train)
     def released(self: Trainer, *args: Any, **kwargs: Any) -> Any:
-        try:
-            return train(self, *args, **kwargs)
-        finally:
+        with ExitStack() as stack:
             for callback in self.callback_handler.callbacks:
                 if isinstance(callback, FreezeOutTrainerCallback):
-                    callback._end()
+                    stack.enter_context(callback._driving(self))
+            return train(self, *args, **kwargs)
 
     return released
 

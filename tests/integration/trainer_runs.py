@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -133,7 +134,7 @@ def trainer(
     folder: Path,
     *callbacks: TrainerCallback,
     batches: list[dict[str, Tensor]] | None = None,
-    examples: list[dict[str, Any]] | None = None,
+    examples: Any = None,
     **options: Any,
 ) -> Trainer:
     """A Trainer, which keeps a list of the batches that it takes."""
@@ -149,7 +150,7 @@ def trainer(
         arguments(folder, **options),
         data_collator=collate,
         train_dataset=data() if examples is None else examples,
-        eval_dataset=data()[:4] if examples is None else examples[:4],
+        eval_dataset=data()[:4] if examples is None else list(islice(examples, 4)),
         callbacks=[Seed(), *callbacks],
     )
 

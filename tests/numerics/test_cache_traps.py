@@ -193,6 +193,65 @@ def test_a_rate_of_zero_draws_and_decides_nothing() -> None:
     assert 2 in cache._activations.ready
 
 
+class Counted(nn.Module):
+    """A number goes through all layers, as the Trainer's `num_items_in_batch` does, and the last
+    uses it; `front`: so does the first, in this way."""
+
+    class Stem(nn.Linear):
+        def __init__(self, front: Callable[[Tensor, Any], Tensor]) -> None:
+            super().__init__(5, 5)
+            self.front = front
+
+        def forward(self, x: Tensor, count: Any) -> Tensor:  # type: ignore[override]
+            return self.front(super().forward(x), count)
+
+    def __init__(self, front: Callable[[Tensor, Any], Tensor]) -> None:
+        super().__init__()
+        self.stem = self.Stem(front)
+        self.middle, self.head = nn.Linear(5, 5), nn.Linear(5, CLASSES)
+
+    def forward(self, x: Tensor, count: Any = None, **others: Any) -> Tensor:
+        return self.head(relu(self.middle(self.stem(x, count)))) / count  # type: ignore[no-any-return]
+
+
+COUNTS: list[Callable[[int], Any]] = [torch.tensor, int, float]
+
+
+def counted(front: Callable[[Tensor, Any], Tensor], kind: Callable[[int], Any]) -> PrefixCache:
+    """The cache, after three rounds in which the number is another each time."""
+    torch.manual_seed(0)
+    model, x = Counted(front), torch.randn(6, 5)
+    cache = PrefixCache(frozen(model, (x, kind(1))), 6, budget=10**6, depths=[2])
+    for count in (1, 2, 2, 5):
+        served = cache(x, count=kind(count), ids=range(6))
+        assert torch.equal(served, model(x, count=kind(count)))
+    return cache
+
+
+@pytest.mark.parametrize("kind", COUNTS)
+def test_numbers_that_frozen_layers_hand_on_and_do_not_use_do_not_count(kind: Any) -> None:
+    cache = counted(lambda x, count: x if count is not None else x + 1, kind)
+    assert cache.refusals == []
+    assert cache.stats.hits == 3 * 6
+
+
+@pytest.mark.parametrize("kind", COUNTS)
+@pytest.mark.parametrize(
+    "front",
+    [
+        lambda x, count: x * count,
+        lambda x, count: x if count < 4 else 2 * x,
+        lambda x, count: x.add(x, alpha=count) if isinstance(count, int) else x + count,
+        lambda x, count: x + float(f"{float(count):.1f}"),
+        lambda x, count: x if {2: True}.get(int(count)) else 2 * x,
+    ],
+)
+def test_numbers_that_frozen_layers_use_count(front: Any, kind: Any) -> None:
+    with pytest.warns(UserWarning, match="'count'.* has another value.* the frozen layers use it"):
+        cache = counted(front, kind)
+    assert cache.stats.hits == 0
+
+
 class Labelled(nn.Module):
     """Frozen layers take the label too."""
 
@@ -408,7 +467,7 @@ def test_layers_that_stay_frozen_under_another_schedule_are_kept() -> None:
     model = linear_net()
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     freezer = FreezeOut(model, optimizer, 100, schedule=Schedule(1.0))
-    depths = Depths([2], freezer, 8, None)
+    depths = Depths([2], freezer, 8, None, freezer.model)
     assert depths.reached == []
     freezer.load_state_dict(freezer.state_dict() | {"changes": [[0, 2]]})
     assert depths.reached == [2]

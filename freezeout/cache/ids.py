@@ -1,0 +1,173 @@
+"""Numbers for the samples of any map-style data set, which the cache knows them by.
+
+    loader = with_ids(DataLoader(dataset, batch_size=32, shuffle=True))
+    for (x, y), ids in loader:
+        ...
+
+The number travels beside the item, not in it: items and batches are what they would be otherwise,
+whatever they are, and no collate function can lose it.
+"""
+
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar, cast
+
+import torch
+from torch import Tensor
+from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, default_collate
+
+from ..errors import InvalidType, InvalidValue
+
+Loader = TypeVar("Loader")
+_NO_BATCHES = (
+    "the DataLoader has batch_size=None: an item is a batch of its own, whose samples have no "
+    "numbers; give it a batch_size, and a data set of single samples"
+)
+
+
+class Indexed(NamedTuple):
+    """A batch, as the collate function made it, and its samples' numbers, (batch,)."""
+
+    batch: Any
+    ids: Tensor
+
+
+class _Drawn:
+    """What a data set gave for an index, or for several. No collate function but
+    `IndexedDataset.collate` can do anything with it, so that none drops the numbers."""
+
+    def __init__(self, items: Any, ids: int | list[int]) -> None:
+        self.items, self.ids = items, ids
+
+
+class IndexedDataset(Dataset[Any]):
+    """A map-style data set whose items carry their numbers. Use it with its `collate`:
+
+        data = IndexedDataset(dataset)
+        loader = DataLoader(data, batch_size=32, shuffle=True, collate_fn=data.collate)
+        for (x, y), ids in loader:
+            ...
+
+    Of a loader that there is already, `with_ids` makes one like it. Attributes of the data set are
+    found here too.
+
+    Args:
+        dataset: has a length, and gives items by number: torch's, or one of Hugging Face's
+            `datasets`.
+        collate_fn: makes a batch of a list of items; None: torch's.
+
+    Raises:
+        InvalidType: for a data set that gives no items by number, or has no length.
+    """
+
+    def __init__(self, dataset: Any, collate_fn: Callable[[Any], Any] | None = None) -> None:
+        _check(dataset)
+        self.dataset = dataset
+        self.collate_fn = default_collate if collate_fn is None else collate_fn
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: Any) -> Any:
+        is_batch = isinstance(index, Sequence | Tensor) and not isinstance(index, str)
+        numbers = [self._number(each) for each in index] if is_batch else self._number(index)
+        return _Drawn(self.dataset[index], numbers)
+
+    def __getitems__(self, indices: Sequence[Any]) -> Any:
+        """What torch's loaders ask for: a batch's items at once."""
+        numbers = [self._number(index) for index in indices]
+        if callable(getattr(self.dataset, "__getitems__", None)):
+            return _Drawn(self.dataset.__getitems__(indices), numbers)
+        return _Drawn([self.dataset[index] for index in indices], numbers)
+
+    def collate(self, drawn: Any) -> Indexed:
+        """The batch that the collate function makes of these items, and their numbers."""
+        if not isinstance(drawn, _Drawn):  # items that were asked for one by one
+            if not drawn or not all(isinstance(each, _Drawn) for each in drawn):
+                raise InvalidType(
+                    "collate() takes items of an IndexedDataset; these have lost their numbers"
+                )
+            drawn = _Drawn([each.items for each in drawn], [each.ids for each in drawn])
+        if isinstance(drawn.ids, int):
+            raise InvalidValue(_NO_BATCHES)
+        return Indexed(self.collate_fn(drawn.items), torch.tensor(drawn.ids, dtype=torch.int64))
+
+    def _number(self, index: Any) -> int:
+        try:
+            number = operator.index(index)
+        except TypeError:
+            raise InvalidType(
+                f"the sampler gives {index!r}, which is no sample's number: use one that gives "
+                "integers"
+            ) from None
+        return number + len(self.dataset) if number < 0 else number
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name in ("dataset", "collate_fn"):  # not there yet: unpickled
+            raise AttributeError(name)
+        return getattr(self.dataset, name)
+
+
+def with_ids(loader: Loader) -> Loader:
+    """A loader like this one, whose batches are pairs: the batch as before, and the numbers of
+    its samples in `loader.dataset`. Samplers, workers and collate function are the same; the
+    loader itself is left as it is.
+
+    Raises:
+        InvalidType, InvalidValue: for what is no torch `DataLoader`, a data set as
+            `IndexedDataset` refuses it, or a loader that makes no batches.
+    """
+    copied = _copied(loader)
+    index_in_place(copied)
+    return cast(Loader, copied)
+
+
+def index_in_place(loader: Any) -> Callable[[], None]:
+    """Make the loader itself do so, where another cannot take its place. Returns what undoes it.
+    Raises as `with_ids` does."""
+    while not isinstance(loader, DataLoader) or "base_dataloader" in vars(loader):
+        if "base_dataloader" not in getattr(loader, "__dict__", {}):
+            raise InvalidType(
+                f"{type(loader).__name__} is no torch DataLoader: give a DataLoader, or the "
+                "numbers of the samples yourself"
+            )
+        loader = loader.base_dataloader  # Accelerate's are around torch's
+    if isinstance(loader.dataset, IndexedDataset):
+        return lambda: None
+    data = IndexedDataset(loader.dataset, loader.collate_fn)
+    if loader.batch_sampler is None and not isinstance(loader.sampler, BatchSampler):
+        raise InvalidValue(_NO_BATCHES)
+    own = vars(loader)  # the loader lets nobody set its data set
+    before = {"dataset": own["dataset"], "collate_fn": own["collate_fn"], "_iterator": None}
+    own.update(dataset=data, collate_fn=data.collate, _iterator=None)
+    return lambda: own.update(before)
+
+
+def _copied(loader: Any) -> Any:
+    """A shallow copy, of what is inside as well."""
+    if not hasattr(loader, "__dict__"):
+        return loader
+    copied = object.__new__(type(loader))
+    vars(copied).update(vars(loader))
+    if "base_dataloader" in vars(copied):
+        vars(copied)["base_dataloader"] = _copied(loader.base_dataloader)
+    return copied
+
+
+def _check(dataset: Any) -> None:
+    """InvalidType for a data set whose samples have no numbers."""
+    name = type(dataset).__name__
+    numbered = hasattr(dataset, "__getitem__") and not isinstance(dataset, IterableDataset)
+    if not numbered:
+        raise InvalidType(
+            f"{name} gives its items one after another, so that they have no numbers: use a "
+            "map-style data set, with __getitem__ and __len__ (list(dataset), if it fits in memory)"
+        )
+    if isinstance(dataset, Mapping):
+        raise InvalidType(f"{name} is a mapping of names: give one of its data sets")
+    try:
+        len(dataset)
+    except (TypeError, NotImplementedError):
+        raise InvalidType(
+            f"{name} has no length, so that the number of samples is not known: give it __len__"
+        ) from None
