@@ -81,7 +81,7 @@ class Activations:
         if not store.is_reserved:
             longest = batch.time if batch.lengths is not None else 0
             try:
-                store.reserve(len(store.index) * self._depths.record_bytes(longest))
+                store.reserve(self._depths.keys * self._depths.record_bytes(longest))
             except (RuntimeError, MemoryError) as error:  # of a device, or the computer
                 raise CacheError(f"no memory for the cache: {first_line(error)}") from error
         # What other processes have left at earlier depths is gone on from.

@@ -22,7 +22,8 @@ class Depths:
     Args:
         asked: "auto": where measurements say that it pays and fits; "all": where it fits; or the
             depths themselves.
-        samples: of the data set.
+        samples: of the data set, those that this process sees.
+        views: of each of them.
         dtype: of activations in store; None: the type they have.
         model: what is called, the freezer's model or a part of it.
 
@@ -35,10 +36,13 @@ class Depths:
         asked: str | Iterable[int],
         freezer: FreezeOut,
         samples: int,
+        views: int,
         dtype: torch.dtype | None,
         model: nn.Module,
     ) -> None:
-        self._freezer, self._samples, self._dtype, self._model = freezer, samples, dtype, model
+        self._freezer, self._dtype, self._model = freezer, dtype, model
+        self._samples, self._views = samples, views
+        self.keys = samples * views
         self._asked = asked if isinstance(asked, str) else "given"
         self._survey: Survey | None = None
         self._time = 0  # T of the batch surveyed, where there are sequences
@@ -68,7 +72,7 @@ class Depths:
         self._survey = survey(self._model, freezer.layers, batch, store.serve_on, is_open)
         if self.chosen is not None:
             return None
-        keys, count = len(store.index), len(freezer.layers)
+        keys, count = self.keys, len(freezer.layers)
         sizes = [self._survey.bytes_at(depth, self._dtype) for depth in range(count)]
         fitting = [s if s and s * keys <= store.budget else None for s in sizes]
         if not any(fitting):  # part of the samples then, where they are smallest
@@ -90,7 +94,7 @@ class Depths:
     def _measured(self, batch: Batch, sizes: list[int | None], store: Store) -> Any:
         """What `best_depths` takes."""
         assert self._survey is not None
-        keys = len(store.index)
+        keys = self.keys
         folder = store.path if isinstance(store, FileStore) else None
         measured = {
             size: measure_store(size, batch.size, store.device, store.serve_on, folder, size * keys)
@@ -103,7 +107,7 @@ class Depths:
         """How often each key is seen once the first 0 ... n - 1 layers are frozen: in whole passes
         over the data, since views may change between two of them only. What lies in a folder
         another run will see, too."""
-        freezer, views = self._freezer, len(store.index) / self._samples
+        freezer = self._freezer
         if freezer.total_steps is None:  # as long as it takes
             reached = max(freezer.timeline.depths)
             return [math.inf if depth <= reached else 0.0 for depth in range(len(freezer.layers))]
@@ -111,7 +115,7 @@ class Depths:
         at_least = [sum(counts[depth:]) for depth in range(len(counts))]
         steps = self._samples / batch.size  # of a pass
         others = int(isinstance(store, FileStore))
-        return [count // steps / views + others for count in at_least]
+        return [count // steps / self._views + others for count in at_least]
 
     @property
     def reached(self) -> list[int]:

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, default_collate
 
 from ..errors import InvalidType, InvalidValue
+from .shards import fixed_shards
 
 Loader = TypeVar("Loader")
 _NO_BATCHES = (
@@ -108,21 +109,28 @@ class IndexedDataset(Dataset[Any]):
         return getattr(self.dataset, name)
 
 
-def with_ids(loader: Loader) -> Loader:
+def with_ids(loader: Loader, *, keep_sampler: bool = False) -> Loader:
     """A loader like this one, whose batches are pairs: the batch as before, and the numbers of
     its samples in `loader.dataset`. Samplers, workers and collate function are the same; the
     loader itself is left as it is.
+
+    On several processes, what deals all samples out at random in each epoch (`DistributedSampler`,
+    or a shuffled loader that Accelerate has prepared) gives each process a fixed part of them, in
+    another order each epoch, so that its cache holds what it sees.
+
+    Args:
+        keep_sampler: have them dealt out anew all the same.
 
     Raises:
         InvalidType, InvalidValue: for what is no torch `DataLoader`, a data set as
             `IndexedDataset` refuses it, or a loader that makes no batches.
     """
     copied = _copied(loader)
-    index_in_place(copied)
+    index_in_place(copied, keep_sampler=keep_sampler)
     return cast(Loader, copied)
 
 
-def index_in_place(loader: Any) -> Callable[[], None]:
+def index_in_place(loader: Any, *, keep_sampler: bool = False) -> Callable[[], None]:
     """Make the loader itself do so, where another cannot take its place. Returns what undoes it.
     Raises as `with_ids` does."""
     while not isinstance(loader, DataLoader) or "base_dataloader" in vars(loader):
@@ -132,14 +140,18 @@ def index_in_place(loader: Any) -> Callable[[], None]:
                 "numbers of the samples yourself"
             )
         loader = loader.base_dataloader  # Accelerate's are around torch's
+    shards = None if keep_sampler else fixed_shards(loader.batch_sampler)
     if isinstance(loader.dataset, IndexedDataset):
         return lambda: None
     data = IndexedDataset(loader.dataset, loader.collate_fn)
     if loader.batch_sampler is None and not isinstance(loader.sampler, BatchSampler):
         raise InvalidValue(_NO_BATCHES)
     own = vars(loader)  # the loader lets nobody set its data set
-    before = {"dataset": own["dataset"], "collate_fn": own["collate_fn"], "_iterator": None}
-    own.update(dataset=data, collate_fn=data.collate, _iterator=None)
+    put = {"dataset": data, "collate_fn": data.collate, "_iterator": None}
+    if shards is not None:
+        put["batch_sampler"] = shards
+    before = {name: own[name] for name in put} | {"_iterator": None}
+    own.update(put)
     return lambda: own.update(before)
 
 

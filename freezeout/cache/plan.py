@@ -8,6 +8,7 @@ computes it. Plans are made, and checked against the real forward pass, in `plan
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -223,6 +224,36 @@ class Plan:
             ]
             self._made[self._size][number] = made
         return made
+
+
+class CallsOf:
+    """Calls of a module, hooks and all, go to another function, until `end()`. Copies of the
+    module, and pickles, are without.
+
+    Args:
+        instead: is given the module's own call, and the arguments.
+    """
+
+    def __init__(self, module: nn.Module, instead: Callable[..., Any]) -> None:
+        self._module, self._instead = module, instead
+        self._before = vars(module).get("_call_impl")
+        vars(module)["_call_impl"] = self
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._instead(self._before or _own_call(self._module), args, kwargs)
+
+    def __reduce__(self) -> Any:
+        return _own_call, (self._module,)
+
+    def end(self) -> None:
+        if self._before is None:
+            vars(self._module).pop("_call_impl", None)
+        else:
+            vars(self._module)["_call_impl"] = self._before
+
+
+def _own_call(module: nn.Module) -> Callable[..., Any]:
+    return partial(type(module)._call_impl, module)
 
 
 class Reached(Exception):

@@ -2,15 +2,14 @@
 
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
@@ -25,8 +24,9 @@ from .depths import Depths
 from .fingerprint import Watch
 from .inputs import Batch, check_ids
 from .placeholders import Placeholders, Unservable, reason_of
-from .plan import Plan
+from .plan import CallsOf, Plan
 from .planning import check_labels, check_padding, check_plan, check_unused, make_plan, real_pass
+from .shards import Alone, num_processes
 from .stats import CacheStats
 from .store import Damaged, Keys
 from .where import store_for
@@ -68,8 +68,7 @@ class PrefixCache:
             training step calls parts of it; None: the model.
 
     Raises:
-        InvalidValue, InvalidType: arguments out of range, a folder that holds other files, or
-            several processes of one run (each sees other samples in each epoch).
+        InvalidValue, InvalidType: arguments out of range, or a folder that holds other files.
         CacheError: the folder cannot be used.
     """
 
@@ -100,12 +99,11 @@ class PrefixCache:
         if all(module is not self._model for module in freezer.model.modules()):
             raise InvalidValue("model is no module of the freezer's model")
         self._device = next(self._model.parameters()).device
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            raise InvalidValue("the cache is for one process; this is one of several (DDP)")
         if sharded_modules(self._model):
             raise InvalidValue("the cache does not take a model that fully_shard was applied to")
         kept_as = DTYPES[dtype] if dtype else None
-        self._depths = Depths(depths, freezer, self.num_samples, kept_as, self._model)
+        mine = -(-self.num_samples // num_processes())
+        self._depths = Depths(depths, freezer, mine, self.views, kept_as, self._model)
         self._placeholders = Placeholders()
         self._plans: dict[Any, Plan] = {}
         self._refused: dict[Any, str] = {}
@@ -188,6 +186,39 @@ class PrefixCache:
         if plan is None:
             return self._plain(args, kwargs, len(numbers))
         return self._cached(plan, batch, numbers, keys)
+
+    @contextmanager
+    def batch(self, ids: Any, view: Any = 0) -> Iterator[None]:
+        """Inside, the model's first call is served, whatever it is called through:
+
+            with cache.batch(ids):
+                loss = criterion(ddp(x), y)
+
+        where `ddp(x)` is a DistributedDataParallel's, or a method of the model calls it. `ids`,
+        `view` and errors are those of a call of the cache.
+        """
+        was_called = is_inside = False
+
+        def call(own: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            nonlocal was_called, is_inside
+            if is_inside:  # the cache calls it as well
+                return own(*args, **kwargs)
+            if was_called:
+                self._tell(
+                    "the model is called more than once for a batch: only the first is served"
+                )
+                return own(*args, **kwargs)
+            was_called = is_inside = True
+            try:
+                return self(*args, ids=ids, view=view, **kwargs)
+            finally:
+                is_inside = False
+
+        calls = CallsOf(self._model, call)
+        try:
+            yield
+        finally:
+            calls.end()
 
     def _plain(self, args: tuple[Any, ...], kwargs: dict[str, Any], samples: int) -> Any:
         self.stats.bypassed += samples
@@ -275,7 +306,8 @@ class PrefixCache:
         if plan.labels_checked:
             return True
         try:
-            check_labels(plan, self._model, batch)
+            with self._checking():
+                check_labels(plan, self._model, batch)
         except Unservable as refusal:
             self._refuse(plan.depth, batch, str(refusal))
             return False
@@ -567,17 +599,22 @@ class PrefixCache:
 
     def _decide(self, batch: Batch) -> None:
         """Measure, once, and choose the depths."""
-        with self._checking():
-            reason = self._depths.decide(batch, self._activations.store)
+        try:
+            with self._checking():
+                reason = self._depths.decide(batch, self._activations.store)
+        except Unservable as refusal:
+            reason = str(refusal)
         if reason is not None:
             self._turn_off(reason)
 
     @contextmanager
     def _checking(self) -> Iterator[None]:
-        """Counts the seconds of what happens inside."""
+        """Counts the seconds of what happens inside, which is not to talk to other processes: they
+        do not check the same batch."""
         begin = time.perf_counter()
         try:
-            yield
+            with Alone() if num_processes() > 1 else nullcontext():  # type: ignore[no-untyped-call]
+                yield
         finally:
             seconds = time.perf_counter() - begin
             self.stats.check_seconds += seconds

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CacheError
+from .shards import num_processes
 
 Keys = np.ndarray[Any, np.dtype[np.int64]]
 
@@ -232,7 +233,12 @@ def in_memory(tensor: Tensor) -> Tensor:
 
 
 def memory_available() -> int:
-    """Bytes of memory that programs can still have."""
+    """Bytes of memory that this process can still have, where others on this computer that train
+    together with it take as much."""
+    return _memory_free() // int(os.environ.get("LOCAL_WORLD_SIZE", num_processes()))
+
+
+def _memory_free() -> int:
     try:
         with open("/proc/meminfo") as lines:
             for line in lines:

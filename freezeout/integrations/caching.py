@@ -8,7 +8,6 @@ the step calls then goes through a `PrefixCache`, in place of running its frozen
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import partial
 from inspect import signature
 from typing import Any
 
@@ -19,6 +18,7 @@ from torch.utils.hooks import RemovableHandle
 from ..cache import Indexed, PrefixCache
 from ..cache.ids import index_in_place
 from ..cache.inputs import thinned_sums
+from ..cache.plan import CallsOf
 from ..errors import InvalidType, InvalidValue
 from ..freezer import FreezeOut
 
@@ -66,6 +66,7 @@ class RunCache:
         self._evaluates = bool(self._options.pop("evaluation", True))
         self._freezer, self._autocast = freezer, autocast
         self.module: nn.Module | None = None
+        self._calls: CallsOf | None = None
         self.is_wanted = True  # until it is known that no module can be served
         self.before_call: Callable[..., None] | None = None
         self.state: Mapping[str, Any] | None = None  # of a checkpoint
@@ -112,13 +113,13 @@ class RunCache:
             self.refuse("the model is compiled as a whole")
             return
         self.module = module
-        vars(module)["_call_impl"] = _Call(module, self.call)
+        self._calls = CallsOf(module, self.call)
 
     def end(self) -> None:
         """Leave the module and the loaders as they were; memory is given back."""
-        if self.module is not None:
-            vars(self.module).pop("_call_impl", None)
-            self.module = None
+        if self._calls is not None:
+            self._calls.end()
+            self._calls = self.module = None
         for undo in reversed(self._undo):
             undo()
         self._undo = []
@@ -134,18 +135,12 @@ class RunCache:
     @contextmanager
     def step(self, ids: Tensor | None, name: Any = TRAINING) -> Iterator[None]:
         """Inside, the module is called for these samples of a set."""
-        self.begin_step(ids, name)
+        self._step = None if ids is None else (name, ids)
+        self._was_called = False
         try:
             yield
         finally:
             self._step = None
-
-    def begin_step(self, ids: Tensor | None, name: Any = TRAINING) -> None:
-        self._step = None if ids is None else (name, ids)
-        self._was_called = False
-
-    def end_step(self) -> None:
-        self._step = None
 
     def call(self, own: Callable[..., Any], args: tuple[Any, ...], kwargs: Any) -> Any:
         """What a call of the module gives; `own`: without a cache."""
@@ -231,23 +226,6 @@ class RunCache:
         depth = freezer.num_frozen
         if self._weights is None or self._weights[0] != depth:
             self._weights = depth, _sums(freezer, depth)
-
-
-class _Call:
-    """In the place of a module's `_call_impl`. Copies of the module, and pickles, are without."""
-
-    def __init__(self, module: nn.Module, call: Callable[..., Any]) -> None:
-        self._module, self._own, self._call = module, _own_call(module), call
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._call(self._own, args, kwargs)
-
-    def __reduce__(self) -> Any:
-        return _own_call, (self._module,)
-
-
-def _own_call(module: nn.Module) -> Callable[..., Any]:
-    return partial(type(module)._call_impl, module)
 
 
 def _sums(freezer: FreezeOut, depth: int) -> list[int]:

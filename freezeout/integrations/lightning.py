@@ -10,7 +10,7 @@ runs, and its closure is called before the optimizer's step, in which FreezeOut 
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from functools import wraps
+from functools import partial, wraps
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -99,32 +99,42 @@ class FreezeOutCallback(Adapter, Callback):
             self._numbers = ids, dataloader_idx
             return transfer(batch, dataloader_idx)
 
-        vars(fit)["_load_combined_loader_states"] = numbered
-        vars(evaluation)["setup_data"] = set_up_numbered
-        vars(pl_module)["_on_before_batch_transfer"] = without_numbers
-        caching.in_the_end(lambda: vars(fit).pop("_load_combined_loader_states", None))
-        caching.in_the_end(lambda: vars(evaluation).pop("setup_data", None))
-        caching.in_the_end(lambda: vars(pl_module).pop("_on_before_batch_transfer", None))
+        training_step, validation_step = pl_module.training_step, pl_module.validation_step
 
-    def _begin_cached(self, pl_module: LightningModule) -> None:
-        """In a step whose samples are known: serve what it calls, or find out what that is."""
-        caching = self._caching
-        assert caching is not None
-        if self._numbers[0] is None:
-            return
-        if caching.module is None and caching.is_wanted:
-            self._outermost = Outermost(pl_module)
-        caching.begin_step(self._numbers[0])
+        # Not from hooks: under DDP, the module's own forward pass is made to be the step.
+        @wraps(training_step)
+        def served_step(*args: Any, **kwargs: Any) -> Any:
+            ids = self._numbers[0]
+            if ids is not None and caching.module is None and caching.is_wanted:
+                self._outermost = Outermost(pl_module)
+            try:
+                with caching.step(ids):
+                    return training_step(*args, **kwargs)
+            finally:
+                if self._outermost is not None:
+                    self._outermost.remove()
 
-    def _end_cached(self) -> None:
+        @wraps(validation_step)
+        def served_validation_step(*args: Any, **kwargs: Any) -> Any:
+            with caching.step(*self._numbers):
+                return validation_step(*args, **kwargs)
+
+        for owner, name, function in (
+            (fit, "_load_combined_loader_states", numbered),
+            (evaluation, "setup_data", set_up_numbered),
+            (pl_module, "_on_before_batch_transfer", without_numbers),
+            (pl_module, "training_step", served_step),
+            (pl_module, "validation_step", served_validation_step),
+        ):
+            vars(owner)[name] = function
+            caching.in_the_end(partial(vars(owner).pop, name, None))
+
+    def _attach_cache(self) -> None:
+        """Serve what the step has called."""
         caching, watched = self._caching, self._outermost
         assert caching is not None
-        caching.end_step()
-        if watched is None:
-            return
-        watched.remove()
         self._outermost = None
-        if self.freezer is not None:
+        if watched is not None and self.freezer is not None:
             try:
                 caching.attach(watched.served(self.freezer))
             except InvalidValue as error:
@@ -134,21 +144,6 @@ class FreezeOutCallback(Adapter, Callback):
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._caching is not None:
             self._caching.evaluation_begins()
-
-    def on_validation_batch_start(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        if self._caching is not None:
-            self._caching.begin_step(*self._numbers)
-
-    def on_validation_batch_end(self, *args: Any, **kwargs: Any) -> None:
-        if self._caching is not None:
-            self._caching.end_step()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._end()
@@ -244,8 +239,6 @@ class FreezeOutCallback(Adapter, Callback):
             self._first.forward_begins(batch)
         if self.freezer is not None:
             self.freezer.forward_begins()
-        if self._caching is not None:
-            self._begin_cached(pl_module)
 
     def on_before_backward(
         self, trainer: Trainer, pl_module: LightningModule, loss: Tensor
@@ -268,7 +261,7 @@ class FreezeOutCallback(Adapter, Callback):
         if self._first is not None:
             self._first.batch_ended()
         if self._caching is not None:
-            self._end_cached()
+            self._attach_cache()
         if self.freezer is None:
             return
         if trainer.global_step > self._counted and self.freezer.step():
@@ -295,9 +288,7 @@ class FreezeOutCallback(Adapter, Callback):
             self._first.leave()
             self._first = None
         self._state = self.state_dict() or None
-        if self._outermost is not None:
-            self._outermost.remove()
-            self._outermost = None
+        self._outermost = None
         if self._caching is not None:
             self._caching.end()
         self._end()

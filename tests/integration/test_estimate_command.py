@@ -373,7 +373,8 @@ def test_a_saving_below_two_percent_is_explained(capsys: Capture, function: str,
 
 
 def test_counting_takes_no_memory_for_weights(home: Path) -> None:
-    """12.9 GB of weights, and as much of gradients and momentum, in less than 2 GB."""
+    """12.9 GB of weights, and as much of gradients and momentum, in less than 4 GB, of which a
+    build of torch for CUDA takes two."""
     code = (
         "import resource, sys; from freezeout.cli import main; main(sys.argv[1:]); "
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, file=sys.stderr)"
@@ -390,7 +391,7 @@ def test_counting_takes_no_memory_for_weights(home: Path) -> None:
     assert ended.returncode == 0, ended.stderr
     first = json.loads(ended.stdout)["step"]["memory"]["steps"][0]
     assert first["peak"] > 3 * 12.8e9
-    assert int(ended.stderr.split()[-1]) < 2e6  # KiB
+    assert int(ended.stderr.split()[-1]) < 4e6  # KiB
 
 
 @pytest.mark.parametrize("suffix", [".png", ".svg", ".pdf"])

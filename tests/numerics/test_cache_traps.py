@@ -467,7 +467,7 @@ def test_layers_that_stay_frozen_under_another_schedule_are_kept() -> None:
     model = linear_net()
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     freezer = FreezeOut(model, optimizer, 100, schedule=Schedule(1.0))
-    depths = Depths([2], freezer, 8, None, freezer.model)
+    depths = Depths([2], freezer, 8, 1, None, freezer.model)
     assert depths.reached == []
     freezer.load_state_dict(freezer.state_dict() | {"changes": [[0, 2]]})
     assert depths.reached == [2]
