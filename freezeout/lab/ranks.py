@@ -176,5 +176,8 @@ def launched() -> Iterator[Ranks]:
             time.sleep(1)  # once one rank has ended, torchrun ends the others
         raise
     finally:
+        # The group's end waits for its threads. On torch 2.7 it holds Python's lock meanwhile,
+        # and a thread that has yet to let go of the last tensor needs that.
+        time.sleep(0.1)
         dist.destroy_process_group()
         gc.collect()  # its threads end with the last reference, which a cycle may hold

@@ -179,10 +179,14 @@ class Trace:
     def ahead(self, model: nn.Module) -> Iterator[nn.Module]:
         """Modules without parameters that ran on the raw input, before any parameter was used:
         augmentation, noise. They are on the data's side, and no part of what freezes. Not so what
-        keeps statistics, which frozen layers depend on."""
+        keeps statistics, which frozen layers depend on, and what a layer does before it uses its
+        own weights (a convolution's padding)."""
         if self.begin is None:
             return
         keep = {module for module, _ in self.writes}
+        for module in model.modules():
+            if [part for part in module.modules() if part._parameters] == [module]:
+                keep.update(module.modules())
         for module in model.modules():
             parts = set(module.modules())
             runs = [self.runs[part][0] for part in parts if part in self.runs]

@@ -362,6 +362,34 @@ def test_a_norm_of_the_raw_input_freezes_with_the_first_layer() -> None:
     assert model[0] in layers[0].modules
 
 
+class Padded(nn.Conv2d):
+    """Pads by a module of its own, before it uses its weights."""
+
+    def __init__(self, *sizes: int) -> None:
+        super().__init__(*sizes)
+        self.pad = nn.ZeroPad2d(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(self.pad(x))
+
+
+def test_what_a_layer_does_before_it_uses_its_weights_is_its_own() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        Padded(3, 4, 3), nn.ReLU(), Padded(4, 4, 3), nn.Flatten(), nn.Linear(64, 2)
+    )
+    x = torch.randn(8, 3, 4, 4)
+    freezer = FreezeOut(
+        model, SGD(model.parameters(), 1e-3), None, schedule=Frozen(1), example_inputs=x
+    )
+    assert model[0].pad in freezer.layers[0].modules
+    cache = PrefixCache(freezer, len(x), depths=[1], budget=10**6)
+    for _ in range(2):
+        assert torch.equal(cache(x, ids=torch.arange(8)), model(x))
+    assert cache.stats.hits == 8
+    assert cache.refusals == []
+
+
 def test_noise_inside_of_a_frozen_layer_ends() -> None:
     model, x = with_module(Noise()), vectors()
     optimizer = SGD(model.parameters(), 1e-3)
