@@ -199,8 +199,8 @@ def main() -> None:
         f"{args.frozen} of {len(arms['plain'].freezer.layers)} layers frozen, {data.what}: checks "
         f"take {checks:.1%} of the first epoch (claim, of texts: at most 10 %); of {args.epochs} "
         f"epochs, {args.made} of them made, the cache saves {share:.1%} of what costless layers "
-        f"would (claim: at least 90 %), {whole['plain'] / whole['cached']:.2f} times as fast as without; "
-        f"{hardware(torch.device('cpu'))}; torch {torch.__version__}"
+        f"would (claim: at least 90 %), {whole['plain'] / whole['cached']:.2f} times as fast as "
+        f"without; {hardware(torch.device('cpu'))}; torch {torch.__version__}"
     )
 
 
