@@ -18,14 +18,9 @@ from torch import nn
 
 from ..atomic import write_atomically
 from ..errors import CheckpointError, InvalidValue
+from .runs import CONFIG, METRICS, SAVINGS, WEIGHTS
 
-CONFIG, METRICS, SAVINGS, CHECKPOINT, WEIGHTS = (
-    "config.json",
-    "metrics.jsonl",
-    "savings.json",
-    "checkpoint.pt",
-    "model.safetensors",
-)
+CHECKPOINT = "checkpoint.pt"
 
 
 class RunFolder:
