@@ -557,7 +557,8 @@ def test_groups_have_few_sizes() -> None:
         assert len(sizes) <= 8
 
 
-def test_a_cache_that_would_not_pay_stays_off() -> None:
+def test_a_cache_that_would_not_pay_stays_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("freezeout.cache.depths.measure_store", lambda *args: (1.0, 1.0, 1.0))
     model, freezer, x = frozen()
     cache = PrefixCache(freezer, 8, depths="auto")
     with pytest.warns(UserWarning, match="would not save time here: (storing|reading)"):
