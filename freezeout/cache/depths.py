@@ -26,6 +26,7 @@ class Depths:
         views: of each of them.
         dtype: of activations in store; None: the type they have.
         model: what is called, the freezer's model or a part of it.
+        accumulate: batches for each optimizer step.
 
     Raises:
         InvalidValue, InvalidType: for depths that the model does not have.
@@ -39,9 +40,10 @@ class Depths:
         views: int,
         dtype: torch.dtype | None,
         model: nn.Module,
+        accumulate: int = 1,
     ) -> None:
         self._freezer, self._dtype, self._model = freezer, dtype, model
-        self._samples, self._views = samples, views
+        self._samples, self._views, self._accumulate = samples, views, accumulate
         self.keys = samples * views
         self._asked = asked if isinstance(asked, str) else "given"
         self._survey: Survey | None = None
@@ -113,7 +115,7 @@ class Depths:
             return [math.inf if depth <= reached else 0.0 for depth in range(len(freezer.layers))]
         counts = freezer.timeline.counts(start=freezer.step_count)
         at_least = [sum(counts[depth:]) for depth in range(len(counts))]
-        steps = self._samples / batch.size  # of a pass
+        steps = self._samples / batch.size / self._accumulate  # of a pass
         others = int(isinstance(store, FileStore))
         return [count // steps / self._views + others for count in at_least]
 

@@ -361,7 +361,6 @@ class FileStore(Store):
     def close(self) -> None:
         super().close()
         self._close_files()
-        self._start()
 
 
 # --- looking after a folder -----------------------------------------------------------

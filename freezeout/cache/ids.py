@@ -20,6 +20,7 @@ from ..errors import InvalidType, InvalidValue
 from .shards import fixed_shards
 
 Loader = TypeVar("Loader")
+_OWN = "dataset", "collate_fn", "lenient"
 _NO_BATCHES = (
     "the DataLoader has batch_size=None: an item is a batch of its own, whose samples have no "
     "numbers; give it a batch_size, and a data set of single samples"
@@ -37,7 +38,7 @@ class _Drawn:
     """What a data set gave for an index, or for several. No collate function but
     `IndexedDataset.collate` can do anything with it, so that none drops the numbers."""
 
-    def __init__(self, items: Any, ids: int | list[int]) -> None:
+    def __init__(self, items: Any, ids: list[int]) -> None:
         self.items, self.ids = items, ids
 
 
@@ -56,47 +57,53 @@ class IndexedDataset(Dataset[Any]):
         dataset: has a length, and gives items by number: torch's, or one of Hugging Face's
             `datasets`.
         collate_fn: makes a batch of a list of items; None: torch's.
+        lenient: where a sampler gives what is no number, the number is -1.
 
     Raises:
         InvalidType: for a data set that gives no items by number, or has no length.
     """
 
-    def __init__(self, dataset: Any, collate_fn: Callable[[Any], Any] | None = None) -> None:
+    def __init__(
+        self,
+        dataset: Any,
+        collate_fn: Callable[[Any], Any] | None = None,
+        *,
+        lenient: bool = False,
+    ) -> None:
         _check(dataset)
-        self.dataset = dataset
+        self.dataset, self.lenient = dataset, lenient
         self.collate_fn = default_collate if collate_fn is None else collate_fn
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def __getitem__(self, index: Any) -> Any:
-        is_batch = isinstance(index, Sequence | Tensor) and not isinstance(index, str)
-        numbers = [self._number(each) for each in index] if is_batch else self._number(index)
-        return _Drawn(self.dataset[index], numbers)
+        """An item as it is, for whoever looks at one; of several numbers, what loaders ask for."""
+        if isinstance(index, Sequence | Tensor) and not isinstance(index, str):
+            return _Drawn(self.dataset[index], [self._number(each) for each in index])
+        return self.dataset[index]
 
     def __getitems__(self, indices: Sequence[Any]) -> Any:
         """What torch's loaders ask for: a batch's items at once."""
-        numbers = [self._number(index) for index in indices]
+        numbers = list(map(self._number, indices))
         if callable(getattr(self.dataset, "__getitems__", None)):
             return _Drawn(self.dataset.__getitems__(indices), numbers)
         return _Drawn([self.dataset[index] for index in indices], numbers)
 
     def collate(self, drawn: Any) -> Indexed:
         """The batch that the collate function makes of these items, and their numbers."""
-        if not isinstance(drawn, _Drawn):  # items that were asked for one by one
-            if not drawn or not all(isinstance(each, _Drawn) for each in drawn):
-                raise InvalidType(
-                    "collate() takes items of an IndexedDataset; these have lost their numbers"
-                )
-            drawn = _Drawn([each.items for each in drawn], [each.ids for each in drawn])
-        if isinstance(drawn.ids, int):
-            raise InvalidValue(_NO_BATCHES)
+        if not isinstance(drawn, _Drawn):
+            raise InvalidType(
+                "collate() takes what a loader draws from an IndexedDataset; this has no numbers"
+            )
         return Indexed(self.collate_fn(drawn.items), torch.tensor(drawn.ids, dtype=torch.int64))
 
     def _number(self, index: Any) -> int:
         try:
             number = operator.index(index)
         except TypeError:
+            if self.lenient:
+                return -1
             raise InvalidType(
                 f"the sampler gives {index!r}, which is no sample's number: use one that gives "
                 "integers"
@@ -104,12 +111,21 @@ class IndexedDataset(Dataset[Any]):
         return number + len(self.dataset) if number < 0 else number
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") or name in ("dataset", "collate_fn"):  # not there yet: unpickled
+        if name.startswith("__") or name in _OWN:  # not there yet: unpickled
             raise AttributeError(name)
         return getattr(self.dataset, name)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in _OWN:
+            super().__setattr__(name, value)
+        else:  # a worker opens its file there
+            setattr(self.dataset, name, value)
 
-def with_ids(loader: Loader, *, keep_sampler: bool = False) -> Loader:
+    def __delattr__(self, name: str) -> None:
+        delattr(self.dataset, name)
+
+
+def with_ids(loader: Loader, *, keep_sampler: bool = False, lenient: bool = False) -> Loader:
     """A loader like this one, whose batches are pairs: the batch as before, and the numbers of
     its samples in `loader.dataset`. Samplers, workers and collate function are the same; the
     loader itself is left as it is.
@@ -120,19 +136,22 @@ def with_ids(loader: Loader, *, keep_sampler: bool = False) -> Loader:
 
     Args:
         keep_sampler: have them dealt out anew all the same.
+        lenient: as of `IndexedDataset`.
 
     Raises:
         InvalidType, InvalidValue: for what is no torch `DataLoader`, a data set as
             `IndexedDataset` refuses it, or a loader that makes no batches.
     """
     copied = _copied(loader)
-    index_in_place(copied, keep_sampler=keep_sampler)
+    index_in_place(copied, keep_sampler=keep_sampler, lenient=lenient)
     return cast(Loader, copied)
 
 
-def index_in_place(loader: Any, *, keep_sampler: bool = False) -> Callable[[], None]:
+def index_in_place(
+    loader: Any, *, keep_sampler: bool = False, lenient: bool = False
+) -> Callable[[], None]:
     """Make the loader itself do so, where another cannot take its place. Returns what undoes it.
-    Raises as `with_ids` does."""
+    Raises as `with_ids` does. `lenient`: as of `IndexedDataset`."""
     while not isinstance(loader, DataLoader) or "base_dataloader" in vars(loader):
         if "base_dataloader" not in getattr(loader, "__dict__", {}):
             raise InvalidType(
@@ -143,7 +162,7 @@ def index_in_place(loader: Any, *, keep_sampler: bool = False) -> Callable[[], N
     shards = None if keep_sampler else fixed_shards(loader.batch_sampler)
     if isinstance(loader.dataset, IndexedDataset):
         return lambda: None
-    data = IndexedDataset(loader.dataset, loader.collate_fn)
+    data = IndexedDataset(loader.dataset, loader.collate_fn, lenient=lenient)
     if loader.batch_sampler is None and not isinstance(loader.sampler, BatchSampler):
         raise InvalidValue(_NO_BATCHES)
     own = vars(loader)  # the loader lets nobody set its data set

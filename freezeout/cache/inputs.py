@@ -1,7 +1,10 @@
 """One batch as the model takes it: its samples, how to cut it, and a checksum of each sample."""
 
 import math
+from collections.abc import Collection
+from enum import Enum
 from functools import cached_property, lru_cache
+from types import FunctionType
 from typing import Any
 
 import numpy as np
@@ -17,6 +20,7 @@ _LOOKED_AT = 32 << 10  # bytes of a sample that its checksum covers: all, or eve
 _FEW = 5  # samples that stand for a batch: a number that few sizes inside a model have
 _CHANNELS = 64  # of each token of a sequence that are looked at: all, or evenly spread
 _MASK = "attention_mask"
+_NOT_WRITTEN = Tensor, int, float, str, Enum, type, FunctionType, torch.nn.Module
 _LABELS = ("labels", "label", "label_ids", "targets", "target", "next_sentence_label")
 
 
@@ -29,6 +33,8 @@ class Batch:
         lengths: true length of each sample's sequence, (B,), where an `attention_mask` (B, T)
             says so; None otherwise.
         is_padded: whether some sequence is shorter than T.
+        alike: places of tensors that are the same for all; `shared` says which are known to be,
+            whatever their size.
         kind: equal for two batches that differ in the number of samples and in values only.
         family: equal for two batches that may differ in sizes as well.
     """
@@ -39,6 +45,7 @@ class Batch:
         kwargs: dict[str, Any],
         size: int,
         rows: list[bool] | None = None,
+        shared: Collection[int] = (),
     ) -> None:
         self.args, self.kwargs, self.size = args, kwargs, size
         pairs, self._tree = tree_flatten_with_path((args, kwargs))
@@ -46,8 +53,11 @@ class Batch:
         self._leaves = [leaf for _, leaf in pairs]
         # Which of them have a row for each sample; in a part of a batch, those that have in it.
         self._rows = rows or [
-            isinstance(leaf, Tensor) and leaf.ndim > 0 and leaf.shape[0] == size
-            for leaf in self._leaves
+            isinstance(leaf, Tensor)
+            and leaf.ndim > 0
+            and leaf.shape[0] == size
+            and place not in shared
+            for place, leaf in enumerate(self._leaves)
         ]
         self.lengths: Tensor | None = None
         self.time = 0  # T, where there are lengths
@@ -83,6 +93,27 @@ class Batch:
     def has_rows(self) -> bool:
         """Whether any argument has a row for each sample."""
         return any(self._rows)
+
+    @property
+    def alike(self) -> set[int]:
+        return {
+            place
+            for place, (leaf, has_rows) in enumerate(zip(self._leaves, self._rows, strict=True))
+            if isinstance(leaf, Tensor) and not has_rows
+        }
+
+    def check_objects(self) -> None:
+        """Unservable if an argument is an object, which a model may write into."""
+        for leaf in self._leaves:
+            if hasattr(leaf, "__dict__") and not isinstance(leaf, _NOT_WRITTEN):
+                raise Unservable(
+                    f"an argument is a {type(leaf).__name__}, which the model may write into (a "
+                    "key-value cache, say)"
+                )
+
+    def copied(self) -> "Batch":
+        """The same call with copies of its tensors, for a check: a model may write into them."""
+        return self._with([leaf.clone() if type(leaf) is Tensor else leaf for leaf in self._leaves])
 
     def rows(self, chosen: Any) -> "Batch":
         """The same call with some of the samples only, given by their places."""

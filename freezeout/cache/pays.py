@@ -94,6 +94,8 @@ def _events(model: nn.Module, batch: Batch, device: torch.device) -> tuple[float
     running: list[_Event] = []
     results: dict[Any, Tensor] = {}
 
+    batch = batch.copied()
+
     def place(tensor: Tensor) -> Any:
         return tensor.data_ptr(), tensor.shape
 

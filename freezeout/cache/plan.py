@@ -8,7 +8,8 @@ computes it. Plans are made, and checked against the real forward pass, in `plan
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import update_wrapper
+from types import MethodType
 from typing import Any, NamedTuple
 
 import torch
@@ -181,6 +182,7 @@ class Plan:
             reached.extend(tensor.detach() for tensor in tensors)
             raise Reached
 
+        batch = batch.copied()
         with ExitStack() as stack:
             if self.draws:
                 stack.enter_context(random_state_kept(self._model))
@@ -227,33 +229,43 @@ class Plan:
 
 
 class CallsOf:
-    """Calls of a module, hooks and all, go to another function, until `end()`. Copies of the
-    module, and pickles, are without.
+    """Calls of one of a module's methods go to another function, until `end()`. Copies of the
+    module, and pickles, are without. A model that is compiled as a whole calls its own.
 
     Args:
-        instead: is given the module's own call, and the arguments.
+        instead: is given the module's own method, and the arguments.
+        name: of the method; by default all of a call, hooks included.
     """
 
-    def __init__(self, module: nn.Module, instead: Callable[..., Any]) -> None:
-        self._module, self._instead = module, instead
-        self._before = vars(module).get("_call_impl")
-        vars(module)["_call_impl"] = self
+    def __init__(
+        self, module: nn.Module, instead: Callable[..., Any], name: str = "_call_impl"
+    ) -> None:
+        self._module, self._instead, self._name = module, instead, name
+        self._before = vars(module).get(name)
+        update_wrapper(self, getattr(module, name), updated=())
+        vars(module)[name] = self
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._instead(self._before or _own_call(self._module), args, kwargs)
+        own = self._before
+        while isinstance(own, CallsOf):  # of two, the inner one serves
+            own = own._before
+        own = own or _own_method(self._module, self._name)
+        if torch.compiler.is_compiling():
+            return own(*args, **kwargs)
+        return self._instead(own, args, kwargs)
 
     def __reduce__(self) -> Any:
-        return _own_call, (self._module,)
+        return _own_method, (self._module, self._name)
 
     def end(self) -> None:
         if self._before is None:
-            vars(self._module).pop("_call_impl", None)
+            vars(self._module).pop(self._name, None)
         else:
-            vars(self._module)["_call_impl"] = self._before
+            vars(self._module)[self._name] = self._before
 
 
-def _own_call(module: nn.Module) -> Callable[..., Any]:
-    return partial(type(module)._call_impl, module)
+def _own_method(module: nn.Module, name: str) -> Callable[..., Any]:
+    return MethodType(getattr(type(module), name), module)
 
 
 class Reached(Exception):

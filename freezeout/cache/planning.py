@@ -79,6 +79,7 @@ def real_pass(
         reached.extend(tensor.detach().clone() for tensor in tensors)
         return tensors
 
+    batch = batch.copied()
     with scratch(model):
         with plan.capture(take):
             output = model(*batch.args, **batch.kwargs)
@@ -140,7 +141,7 @@ def check_plan(
     given = [tensor.clone() for tensor in frontier]
     with scratch(model):
         try:
-            served = plan.run(batch, given)
+            served = plan.run(batch.copied(), given)
         except Exception as error:
             reason = reason_of(error)
             if reason is None:

@@ -64,6 +64,7 @@ class PrefixCache:
         depths: at which depths (numbers of frozen layers) to keep activations. "auto": where
             measurements, made once, say that it pays and fits; "all": where it fits; or the
             depths themselves.
+        accumulate: batches for each optimizer step.
         model: the module of the freezer's model that is called in the model's place, where a
             training step calls parts of it; None: the model.
 
@@ -82,6 +83,7 @@ class PrefixCache:
         dtype: str | None = None,
         views: int = 1,
         depths: str | Iterable[int] = "auto",
+        accumulate: int = 1,
         model: nn.Module | None = None,
     ) -> None:
         if not isinstance(freezer, FreezeOut):
@@ -103,7 +105,8 @@ class PrefixCache:
             raise InvalidValue("the cache does not take a model that fully_shard was applied to")
         kept_as = DTYPES[dtype] if dtype else None
         mine = -(-self.num_samples // num_processes())
-        self._depths = Depths(depths, freezer, mine, self.views, kept_as, self._model)
+        batches = whole_number("accumulate", accumulate)
+        self._depths = Depths(depths, freezer, mine, self.views, kept_as, self._model, batches)
         self._placeholders = Placeholders()
         self._plans: dict[Any, Plan] = {}
         self._refused: dict[Any, str] = {}
@@ -112,6 +115,7 @@ class PrefixCache:
         self._numerics: Any = None
         self._shared: dict[Any, Any] = {}  # values of arguments that all samples share
         self._unused: dict[Any, str | None] = {}  # which of them, and why not
+        self._alike: set[int] = set()  # places of tensors that have had no row for each sample
         self._watch = Watch(self._model, freezer.layers)
         self.off: str | None = None  # why the cache is off for good
         keys = self.num_samples * self.views
@@ -137,14 +141,15 @@ class PrefixCache:
         and why anything was not cached, in a line."""
         store, spared = self._activations.store, self._activations.spared
         held = store.index["depth"][store.index["depth"] > 0]
+        what = "samples" if self.views == 1 else "versions of samples"
         parts = [f"cache in {store.place}"]
         if len(held):
             parts[0] += (
                 f": what the first {held.max()} of {len(self.freezer.layers)} layers give of "
-                f"{len(held):,} of {len(store.index):,} samples, {size(self.bytes_held)}"
+                f"{len(held):,} of {len(store.index):,} {what}, {size(self.bytes_held)}"
             )
         else:
-            parts[0] += f": nothing of {len(store.index):,} samples"
+            parts[0] += f": nothing of {len(store.index):,} {what}"
         if spared.hits:
             parts.append(f"served {spared.hits:,} times")
             if (seconds := spared.seconds) is not None:
@@ -177,7 +182,8 @@ class PrefixCache:
         if keys is None or self.off is not None or not frozen:
             return self._plain(args, kwargs, len(numbers))
         self._check_weights(frozen)
-        batch = Batch(args, kwargs, len(numbers))
+        batch = Batch(args, kwargs, len(numbers), shared=self._alike)
+        self._alike |= batch.alike
         try:
             plan = self._plan_for(batch)
         except Unservable as refusal:
@@ -219,6 +225,8 @@ class PrefixCache:
             yield
         finally:
             calls.end()
+        if not was_called:
+            self._tell("the model was not called for a batch, or is compiled as a whole")
 
     def _plain(self, args: tuple[Any, ...], kwargs: dict[str, Any], samples: int) -> Any:
         self.stats.bypassed += samples
@@ -253,6 +261,7 @@ class PrefixCache:
             raise Unservable(
                 "an input requires a gradient, which has to pass through the frozen layers"
             )
+        batch.check_objects()
         numerics = self._numerics_of(batch)
         if self._numerics is None:
             self._numerics = numerics
@@ -409,7 +418,7 @@ class PrefixCache:
         be used, or the first of another process. If they differ, the cache is off; what another
         process stored is dropped (Damaged)."""
         modes = (self._model.training, torch.is_grad_enabled())
-        kind = (plan.depth, modes, batch.is_padded, batch.family)
+        kind = (plan.depth, modes, batch.is_padded, batch.family, tuple(batch.shared))
         store = self._activations.store
         strangers = store.strangers(keys)
         if kind in self._verified and not strangers:

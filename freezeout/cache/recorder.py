@@ -78,7 +78,7 @@ class Recorder:
 
     def record(self, batch: Batch, stop_after: int | None = None) -> None:
         """Run the model, or its calls of frozen modules up to a number."""
-        self._stop_after = stop_after
+        self._stop_after, batch = stop_after, batch.copied()
         kept = [(m, overridden(m, self._wrapped(m, forward_of(m)))) for m in self._modules]
         self._before, self._foreign = generators(self._model), foreign_generators()
         try:

@@ -88,7 +88,7 @@ class Shard(Sampler[int]):
         count = len(source.dataset if hasattr(source, "dataset") else source.data_source)
         dealt = torch.randperm(count, generator=_generator(seed, 0))
         each = count // parts if drop_last else -(-count // parts)
-        dealt = dealt.repeat(-(-each * parts // count))[: each * parts]
+        dealt = dealt.repeat(-(-each * parts // max(1, count)))[: each * parts]
         self.samples = dealt[rank::parts]
 
     def set_epoch(self, epoch: int) -> None:

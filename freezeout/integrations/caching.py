@@ -16,14 +16,14 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ..cache import Indexed, PrefixCache
-from ..cache.ids import index_in_place
+from ..cache.ids import index_in_place, with_ids
 from ..cache.inputs import thinned_sums
 from ..cache.plan import CallsOf
-from ..errors import InvalidType, InvalidValue
+from ..errors import CacheError, InvalidType, InvalidValue
 from ..freezer import FreezeOut
 
-TRAINING = "training"
-_OWN = ("freezer", "num_samples", "views", "model")  # what the adapter decides
+TRAINING = object()  # the name of the set that is trained on
+_OWN = ("freezer", "num_samples", "views", "model", "accumulate")  # what the adapter decides
 
 
 def cache_options(cache: Any) -> dict[str, Any] | None:
@@ -42,11 +42,6 @@ def cache_options(cache: Any) -> dict[str, Any] | None:
     return dict(cache)
 
 
-def take_ids(batch: Any) -> tuple[Any, Tensor | None]:
-    """The batch as the collate function made it, and its samples' numbers, if it has them."""
-    return batch if isinstance(batch, Indexed) else (batch, None)
-
-
 class RunCache:
     """The caches of one run: one for training, and one for each set that is evaluated on.
 
@@ -54,6 +49,7 @@ class RunCache:
         options: of `PrefixCache`, and `evaluation`: whether evaluation is served as well.
         freezer: gives the run's FreezeOut; None: it is not built yet.
         autocast: what the module's forward pass runs in, if it enters that by itself.
+        accumulate: batches for each optimizer step.
     """
 
     def __init__(
@@ -61,10 +57,11 @@ class RunCache:
         options: Mapping[str, Any],
         freezer: Callable[[], FreezeOut | None],
         autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+        accumulate: int = 1,
     ) -> None:
         self._options = dict(options)
         self._evaluates = bool(self._options.pop("evaluation", True))
-        self._freezer, self._autocast = freezer, autocast
+        self._freezer, self._autocast, self._accumulate = freezer, autocast, accumulate
         self.module: nn.Module | None = None
         self._calls: CallsOf | None = None
         self.is_wanted = True  # until it is known that no module can be served
@@ -87,14 +84,37 @@ class RunCache:
     def number(self, loader: Any, name: Any = TRAINING) -> None:
         """Have a loader give pairs, until the run ends. What cannot be numbered stays as it is,
         with a warning."""
-        if name != TRAINING and not self._evaluates:
-            return
+        if self._is_asked(name):
+            with self._refusing():
+                self.in_the_end(index_in_place(loader, lenient=True))
+                self._sizes[name] = len(loader.dataset)
+
+    def numbered(self, loader: Any, name: Any = TRAINING) -> Any:
+        """A loader like this one that gives pairs; or this one, with a warning."""
+        if self._is_asked(name):
+            with self._refusing():
+                loader = with_ids(loader, lenient=True)
+                self._sizes[name] = len(loader.dataset)
+        return loader
+
+    def _is_asked(self, name: Any) -> bool:
+        return name is TRAINING or self._evaluates
+
+    @contextmanager
+    def _refusing(self) -> Iterator[None]:
         try:
-            self.in_the_end(index_in_place(loader))
+            yield
         except (InvalidType, InvalidValue) as error:
             self.refuse(str(error))
-            return
-        self._sizes[name] = len(loader.dataset)
+
+    def take(self, batch: Any) -> tuple[Any, Tensor | None]:
+        """The batch as the collate function made it, and its samples' numbers, if it has them."""
+        if not isinstance(batch, Indexed):
+            return batch, None
+        if bool((batch.ids < 0).any()):
+            self.refuse("the sampler gives what is no sample's number: use one that gives integers")
+            return batch.batch, None
+        return batch
 
     def in_the_end(self, undo: Callable[[], Any]) -> None:
         """Call this when the run ends."""
@@ -149,7 +169,7 @@ class RunCache:
             return own(*args, **kwargs)
         name, ids = step
         is_training = module.training and torch.is_grad_enabled()
-        if (name == TRAINING) != is_training:
+        if (name is TRAINING) != is_training:
             return own(*args, **kwargs)
         if self._was_called:
             self.refuse(
@@ -166,8 +186,8 @@ class RunCache:
         try:
             with self._autocast():
                 return cache(*args, ids=ids, **kwargs)
-        except InvalidValue as error:
-            # It is about this batch's numbers or inputs, and nothing has been computed.
+        except (InvalidValue, CacheError) as error:
+            # It is about this batch's numbers or inputs, or a pass that did not come to its end.
             cache.close()
             self.refuse(f"{error}; from here on nothing is cached of this data set")
             return own(*args, **kwargs)
@@ -178,7 +198,7 @@ class RunCache:
         freezer = self._freezer()
         if freezer is None or name not in self._sizes:
             return None
-        if name == TRAINING:
+        if name is TRAINING:
             self._look_at_weights(freezer)
         elif not self._may_evaluate(freezer):
             return None
@@ -187,22 +207,24 @@ class RunCache:
         return self._caches[name]
 
     def _new_cache(self, freezer: FreezeOut, name: Any) -> PrefixCache | None:
-        options = dict(self._options)
-        if name != TRAINING:
+        options: dict[str, Any] = {"accumulate": self._accumulate, **self._options}
+        if name is not TRAINING:
             training = self.training
             assert training is not None
             options["depths"] = training.depths
-            if options.get("where", "ram") != "device":
+            if options.get("where", "ram") not in ("ram", "device"):
                 options["where"] = "ram"
-            if "budget" in options:
-                held = [cache.bytes_held for cache in self._caches.values() if cache is not None]
-                options["budget"] = max(1, options["budget"] - sum(held))
+                options.pop("budget", None)  # it was the folder's
+            elif "budget" in options:
+                others = (cache for cache in self._caches.values() if cache is not None)
+                taken = sum(cache.record_bytes * cache.num_samples for cache in others)
+                options["budget"] = max(1, options["budget"] - taken)
         try:
             cache = PrefixCache(freezer, self._sizes[name], model=self.module, **options)
         except InvalidValue as error:
             self.refuse(str(error))
             return None
-        if name == TRAINING and self.state is not None:
+        if name is TRAINING and self.state is not None:
             cache.load_state_dict(self.state)
         return cache
 

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from ..cache.plan import CallsOf
 from ..errors import CheckpointError, FreezeOutError, InvalidValue
 from ..freezer import thaw
 from ..layers import Layer, Trace
@@ -29,7 +30,7 @@ from ..layers.names import from_names, to_names
 from ..layers.trace import rows_of
 from ..parallel import check_ranks_agree, rewrap
 from .adapter import Adapter
-from .caching import Outermost, RunCache, take_ids
+from .caching import Outermost, RunCache
 
 
 class FreezeOutCallback(Adapter, Callback):
@@ -73,10 +74,19 @@ class FreezeOutCallback(Adapter, Callback):
     ) -> None:
         """Have loaders number their samples, when Lightning has made them what it wants and before
         it begins to draw from them; and take the numbers off each batch before anybody sees it."""
-        self._caching = caching = RunCache(options, lambda: self.freezer)
+        caching = RunCache(
+            options, lambda: self.freezer, accumulate=trainer.accumulate_grad_batches
+        )
+        if getattr(pl_module, "_compiler_ctx", None) is not None:
+            caching.refuse("the model is compiled as a whole")
+            return
+        self._caching = caching
         fit, evaluation = trainer.fit_loop, trainer.fit_loop.epoch_loop.val_loop
-        before_first = fit._load_combined_loader_states
-        set_up, transfer = evaluation.setup_data, pl_module._on_before_batch_transfer
+        before_first, set_up = fit._load_combined_loader_states, evaluation.setup_data
+
+        def exchange(loaders: Any, others: list[Any]) -> None:
+            caching.in_the_end(partial(setattr, loaders, "flattened", loaders.flattened))
+            loaders.flattened = others
 
         def numbered() -> None:
             loaders = fit._combined_loader
@@ -84,50 +94,53 @@ class FreezeOutCallback(Adapter, Callback):
             if isinstance(loaders.iterables, list | tuple | dict):
                 caching.refuse("there are several training loaders, whose samples share numbers")
             else:
-                caching.number(loaders.flattened[0])
+                exchange(loaders, [caching.numbered(loaders.flattened[0])])
             before_first()
 
         def set_up_numbered() -> None:
             set_up()
             loaders = evaluation._combined_loader
             if loaders is not None and loaders._mode == "sequential":
-                for number, loader in enumerate(loaders.flattened):
-                    caching.number(loader, number)
+                pairs = enumerate(loaders.flattened)
+                exchange(loaders, [caching.numbered(loader, number) for number, loader in pairs])
 
-        def without_numbers(batch: Any, dataloader_idx: int = 0) -> Any:
-            batch, ids = take_ids(batch)
-            self._numbers = ids, dataloader_idx
-            return transfer(batch, dataloader_idx)
-
-        training_step, validation_step = pl_module.training_step, pl_module.validation_step
+        def without_numbers(own: Any, args: Any, kwargs: Any) -> Any:
+            (batch, *index), others = args, dict(kwargs)
+            batch, ids = caching.take(batch)
+            self._numbers = ids, index[0] if index else others.get("dataloader_idx", 0)
+            return own(batch, *index, **others)
 
         # Not from hooks: under DDP, the module's own forward pass is made to be the step.
-        @wraps(training_step)
-        def served_step(*args: Any, **kwargs: Any) -> Any:
-            ids = self._numbers[0]
+        def training_step(own: Any, args: Any, kwargs: Any) -> Any:
+            (ids, _), self._numbers = self._numbers, (None, 0)
+            if not trainer.training:  # from another step
+                return own(*args, **kwargs)
             if ids is not None and caching.module is None and caching.is_wanted:
                 self._outermost = Outermost(pl_module)
             try:
                 with caching.step(ids):
-                    return training_step(*args, **kwargs)
+                    return own(*args, **kwargs)
             finally:
                 if self._outermost is not None:
                     self._outermost.remove()
 
-        @wraps(validation_step)
-        def served_validation_step(*args: Any, **kwargs: Any) -> Any:
-            with caching.step(*self._numbers):
-                return validation_step(*args, **kwargs)
+        def validation_step(own: Any, args: Any, kwargs: Any) -> Any:
+            (ids, name), self._numbers = self._numbers, (None, 0)
+            with caching.step(ids, name):
+                return own(*args, **kwargs)
 
         for owner, name, function in (
             (fit, "_load_combined_loader_states", numbered),
             (evaluation, "setup_data", set_up_numbered),
-            (pl_module, "_on_before_batch_transfer", without_numbers),
-            (pl_module, "training_step", served_step),
-            (pl_module, "validation_step", served_validation_step),
         ):
             vars(owner)[name] = function
             caching.in_the_end(partial(vars(owner).pop, name, None))
+        for name, instead in (
+            ("_on_before_batch_transfer", without_numbers),
+            ("training_step", training_step),
+            ("validation_step", validation_step),
+        ):
+            caching.in_the_end(CallsOf(pl_module, instead, name).end)
 
     def _attach_cache(self) -> None:
         """Serve what the step has called."""

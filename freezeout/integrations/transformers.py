@@ -22,7 +22,7 @@ from ..errors import CheckpointError, FreezeOutError, InvalidValue
 from ..freezer import thaw
 from ..parallel import check_ranks_agree
 from .adapter import Adapter
-from .caching import RunCache, take_ids
+from .caching import RunCache
 
 
 class FreezeOutTrainerCallback(Adapter, TrainerCallback, ExportableState):
@@ -103,7 +103,10 @@ class FreezeOutTrainerCallback(Adapter, TrainerCallback, ExportableState):
         self._hook = model.register_forward_pre_hook(begin, prepend=True, with_kwargs=True)
         if self._cache_options is not None and self._trainer is not None:
             caching = RunCache(
-                self._cache_options, lambda: self.freezer, self._trainer.accelerator.autocast
+                self._cache_options,
+                lambda: self.freezer,
+                self._trainer.accelerator.autocast,
+                args.gradient_accumulation_steps,
             )
             self._caching, caching.state, caching.before_call = caching, cache_state, begin
             self._numbers.clear()
@@ -222,7 +225,8 @@ class FreezeOutTrainerCallback(Adapter, TrainerCallback, ExportableState):
 
     def _taken(self, batch: Any) -> Any:
         """The batch without its numbers, which are kept for its step."""
-        batch, ids = take_ids(batch)
+        assert self._caching is not None
+        batch, ids = self._caching.take(batch)
         self._numbers.append(ids)
         return batch
 
@@ -232,7 +236,7 @@ class FreezeOutTrainerCallback(Adapter, TrainerCallback, ExportableState):
         self._caching.evaluation_begins()
         try:
             for each in batches:
-                batch, ids = take_ids(each)
+                batch, ids = self._caching.take(each)
                 self._evaluated = ids, name
                 yield batch
         finally:

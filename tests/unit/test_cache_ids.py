@@ -124,10 +124,36 @@ def test_the_loader_itself_stays_as_it_is_and_the_data_set_is_seen_through() -> 
 
 def test_a_part_of_an_indexed_data_set_keeps_its_numbers() -> None:
     data = IndexedDataset(Items("tensor"))
+    loader = DataLoader(Subset(data, [7, 2, 4]), batch_size=3, collate_fn=data.collate)
+    batch, ids = next(iter(loader))
+    assert (batch.tolist(), ids.tolist()) == ([70, 20, 40], [7, 2, 4])
+    # Items that are asked for one by one come as they are, without numbers.
     both: Any = ConcatDataset([Subset(data, [7, 2]), Subset(data, [4])])
-    for part in (Subset(data, [7, 2, 4]), both):
-        batch, ids = next(iter(DataLoader(part, batch_size=3, collate_fn=data.collate)))
-        assert (batch.tolist(), ids.tolist()) == ([70, 20, 40], [7, 2, 4])
+    with pytest.raises(InvalidType, match="this has no numbers"):
+        next(iter(DataLoader(both, batch_size=3, collate_fn=data.collate)))
+
+
+def test_who_looks_at_an_item_or_sets_an_attribute_finds_the_data_set() -> None:
+    """A worker opens its file there."""
+    data = IndexedDataset(items := Items("tensor"))
+    assert torch.equal(data[3], items[3])
+    data.file = "opened"
+    assert vars(items)["file"] == "opened"
+    assert "file" not in vars(data)
+    del data.file
+    assert "file" not in vars(items)
+
+
+def test_a_sampler_without_numbers_may_be_lived_with() -> None:
+    class Keys(Items):
+        def __getitem__(self, i: Any) -> Any:
+            return super().__getitem__(int(i))
+
+    order = ["3", "1"]
+    loader: Any = DataLoader(Keys("tensor"), batch_size=2, sampler=order)  # type: ignore[arg-type]
+    with pytest.raises(InvalidType, match="'3', which is no sample's number"):
+        next(iter(with_ids(loader)))
+    assert next(iter(with_ids(loader, lenient=True))).ids.tolist() == [-1, -1]
 
 
 @pytest.mark.parametrize("kind", ["tensor", "tuple", "mapping"])
@@ -135,7 +161,7 @@ def test_a_collate_function_that_would_drop_the_numbers_fails(kind: str) -> None
     data = IndexedDataset(Items(kind))
     with pytest.raises((TypeError, AttributeError)):
         next(iter(DataLoader(data, batch_size=2)))
-    with pytest.raises(InvalidType, match="lost their numbers"):
+    with pytest.raises(InvalidType, match="this has no numbers"):
         data.collate([torch.ones(2)])
 
 
