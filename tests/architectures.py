@@ -239,7 +239,12 @@ def _check_gradients(
     for mine, other in zip(model.parameters(), twin.parameters(), strict=True):
         other.requires_grad_(mine.requires_grad)
         other.grad = None
-    torch.autograd.backward(_loss(twin, inputs, step))
+    # Frozen attention takes the path that it takes in training.
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        torch.autograd.backward(_loss(twin, inputs, step))
+    finally:
+        torch.backends.mha.set_fastpath_enabled(True)
     cut: set[str] = set()
     for (name, mine), other in zip(model.named_parameters(), twin.parameters(), strict=True):
         same = (

@@ -19,7 +19,7 @@ from ..errors import FreezeOutError
 from .config import TrainConfig
 from .device import hardware
 from .job import Job
-from .run_folder import METRICS
+from .runs import METRICS
 from .train import train
 
 SEEDS = (0, 1, 2)

@@ -1,5 +1,7 @@
 """The cache in Lightning: one option, and the numbers of a run without."""
 
+import copy
+import io
 import re
 import warnings
 from collections.abc import Iterator
@@ -210,3 +212,38 @@ def test_the_examples_run_ends_as_one_without(
     assert of_run(callback).stats.hits > 3000
     for mine, theirs in zip(cached.parameters(), plain.parameters(), strict=True):
         assert (mine - theirs).norm() <= 1e-5 * theirs.norm()
+
+
+class Copies(Callback):
+    """Keeps a copy of the module, as of the best one."""
+
+    kept: Any
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: LightningModule) -> None:
+        if trainer.current_epoch == 0:
+            self.kept = copy.deepcopy(pl_module)
+            torch.save(pl_module, io.BytesIO())
+
+
+def test_a_copy_that_is_made_on_the_way_is_a_module_of_its_own() -> None:
+    results = []
+    for cache in (False, CACHE):
+        copies = Copies()
+        module, _ = fitted(cache, copies)
+        trainer().validate(copies.kept, loaders()[1])
+        results.append(copies.kept.evaluated[-2:])
+        copies.kept.net[0].weight.data.zero_()
+        assert next(module.net.parameters()).any()
+    assert results[0] == results[1]
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_a_module_that_is_compiled_as_a_whole_is_told_of() -> None:
+    callback = FreezeOutCallback(Frozen(2), cache=CACHE)
+    compiled: Any = torch.compile(Module(), backend="eager")
+    train, held_out = loaders()
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        trainer(callback, max_epochs=1).fit(compiled, train, held_out)
+    assert any("cache: the model is compiled as a whole" in str(each.message) for each in said)
+    assert callback.cache is None

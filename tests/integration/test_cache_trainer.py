@@ -220,3 +220,24 @@ def test_the_option_is_checked_at_once() -> None:
         FreezeOutTrainerCallback(cache={"views": 2})
     state = FreezeOutTrainerCallback(cache={"where": Path("x"), "depths": [1]}).state()
     assert state["args"]["cache"] == {"where": "x", "depths": [1]}
+
+
+def test_an_evaluation_set_may_be_called_training(tmp_path: Path) -> None:
+    """Its length is not taken for that of the training set."""
+    model, callback = encoder(), FreezeOutTrainerCallback(Frozen(2), cache=CACHE)
+    run = trainer(model, tmp_path, callback, eval_strategy="epoch", eval_on_start=True)
+    run.eval_dataset = {"training": data()[:4]}
+    run.train()
+    assert callback.cache is not None
+    assert callback.cache.num_samples == EXAMPLES
+    assert callback.cache.stats.hits > 0
+
+
+def test_an_evaluation_with_a_folder_has_no_budget_of_a_disk(tmp_path: Path) -> None:
+    cache = {"depths": "all", "where": str(tmp_path / "cache"), "budget": 10**15}
+    run = Outcome(encoder, tmp_path, cache)
+    assert run.callback._caching is not None
+    stores = [each._activations.store for each in run.callback._caching._caches.values() if each]
+    assert len(stores) == 2
+    assert stores[1].budget < 10**14
+    assert "of 20 of 20 samples" in str(run.cache)  # although it is closed

@@ -4,6 +4,7 @@ import random
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import relu, scaled_dot_product_attention
 
-from freezeout import FreezeOut, PrefixCache, Schedule
+from freezeout import FreezeOut, Frozen, PrefixCache, Schedule
 from freezeout.cache.depths import Depths
 from freezeout.cache.files import ENTRY
 from freezeout.cache.inputs import Batch
@@ -536,3 +537,96 @@ def test_a_damaged_index_does_no_harm(field: str, tmp_path: Path) -> None:
     missed = field in ("input", "key")  # what stands there is another's
     assert missed or any("damaged" in str(warning.message) for warning in said)
     assert cache.stats.misses + cache.stats.advanced > 0
+
+
+# --- arguments ------------------------------------------------------------------------------
+
+
+class Shifts(nn.Module):
+    """Writes into its input, and may keep numbers in an object that it is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.frozen, self.head = nn.Linear(5, 5), nn.Linear(5, CLASSES)
+
+    def forward(self, x: Tensor, seen: Any = None, memory: Tensor | None = None) -> Tensor:
+        if seen is not None:
+            seen.rows = getattr(seen, "rows", 0) + len(x)
+        x.sub_(0.5).div_(0.25)
+        x = relu(self.frozen(x))
+        if memory is not None:
+            x = x + memory.mean(0)
+        output: Tensor = self.head(x)
+        return output
+
+
+def shifting() -> tuple[nn.Module, PrefixCache]:
+    torch.manual_seed(0)
+    model = Shifts()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    freezer = FreezeOut(
+        model, optimizer, 100, schedule=Frozen(1), layers=[model.frozen, model.head]
+    )
+    return model.train(), PrefixCache(freezer, 8, depths=[1], budget=10**6)
+
+
+def test_checks_leave_what_is_written_into_to_the_model_itself() -> None:
+    model, cache = shifting()
+    x = torch.randn(8, 5)
+    expected = model(x.clone())
+    for _ in range(3):
+        assert torch.equal(cache(x.clone(), ids=torch.arange(8)), expected)
+    assert cache.stats.hits == 16
+
+
+def test_an_object_that_may_be_written_into_is_a_reason_not_to_cache() -> None:
+    _, cache = shifting()
+    for number in range(1, 3):
+        seen = SimpleNamespace()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            cache(torch.randn(8, 5), seen=seen, ids=torch.arange(8))
+        assert seen.rows == 8, number
+    (refusal,) = cache.refusals
+    assert "an argument is a SimpleNamespace, which the model may write into" in refusal
+
+
+def test_a_shared_argument_of_another_size_is_compared_anew() -> None:
+    class Remembers(Shifts):
+        def forward(self, x: Tensor, seen: Any = None, memory: Tensor | None = None) -> Tensor:
+            assert memory is not None
+            output: Tensor = self.head(relu(self.frozen(x + memory.mean(0))))
+            return output
+
+    model, cache = shifting()
+    model.__class__ = Remembers
+    x, ids = torch.randn(8, 5), torch.arange(8)
+    for memory in (torch.zeros(5, 5), torch.zeros(5, 5), torch.ones(6, 5)):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            served = cache(x, memory=memory, ids=ids)
+        assert torch.equal(served, model(x, memory=memory))
+
+
+def test_a_shared_argument_may_have_as_many_rows_as_the_last_batch() -> None:
+    model, cache = shifting()
+    x, memory = torch.randn(6, 5), torch.randn(2, 5)
+    for batches in (([0, 1, 2, 3], [4, 5]), ([0, 1, 2, 3], [5, 4])):
+        for ids in map(torch.tensor, batches):
+            served = cache(x[ids], memory=memory, ids=ids)
+            assert torch.allclose(served, model(x[ids], memory=memory), rtol=1e-5)
+    assert cache.stats.hits == 6
+
+
+def test_of_two_caches_inside_each_other_the_inner_one_serves() -> None:
+    model, cache = shifting()
+    other = PrefixCache(cache.freezer, 8, depths=[1], budget=10**6)
+    x, y, ids = torch.randn(8, 5), torch.randn(8, 5), torch.arange(8)
+    for _ in range(3):
+        with cache.batch(ids):
+            with other.batch(ids):
+                of_other = model(y.clone())
+            served = model(x.clone())
+    assert cache.stats.hits == other.stats.hits == 16
+    assert torch.equal(served, model(x.clone()))
+    assert torch.equal(of_other, model(y.clone()))

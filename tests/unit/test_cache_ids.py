@@ -150,7 +150,7 @@ def test_a_sampler_without_numbers_may_be_lived_with() -> None:
             return super().__getitem__(int(i))
 
     order = ["3", "1"]
-    loader: Any = DataLoader(Keys("tensor"), batch_size=2, sampler=order)  # type: ignore[arg-type]
+    loader: Any = DataLoader(Keys("tensor"), batch_size=2, sampler=order)
     with pytest.raises(InvalidType, match="'3', which is no sample's number"):
         next(iter(with_ids(loader)))
     assert next(iter(with_ids(loader, lenient=True))).ids.tolist() == [-1, -1]

@@ -567,6 +567,16 @@ def test_a_cache_that_would_not_pay_stays_off(monkeypatch: pytest.MonkeyPatch) -
     assert (cache.stats.bypassed, cache.depths) == (8, [])
 
 
+def test_samples_come_back_as_often_when_a_step_takes_several_batches() -> None:
+    model, x = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), torch.randn(8, 4)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    freezer = FreezeOut(model, optimizer, 3, schedule=Frozen(1), layers=list(model))
+    for accumulate, visits in ((1, 1), (2, 3)):  # of 8 samples, in batches of 4
+        cache = PrefixCache(freezer, 8, accumulate=accumulate)
+        found = cache._depths._visits(Batch((x[:4],), {}, 4), cache._activations.store)
+        assert found[1] == visits
+
+
 def test_a_cache_says_what_it_keeps_what_that_saved_and_why_not_more(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model, x = nn.Sequential(*(nn.Linear(400, 400) for _ in range(5))), torch.randn(8, 400)

@@ -365,8 +365,8 @@ def test_a_norm_of_the_raw_input_freezes_with_the_first_layer() -> None:
 class Padded(nn.Conv2d):
     """Pads by a module of its own, before it uses its weights."""
 
-    def __init__(self, *sizes: int) -> None:
-        super().__init__(*sizes)
+    def __init__(self, channels: int, features: int) -> None:
+        super().__init__(channels, features, 3)
         self.pad = nn.ZeroPad2d(1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -375,9 +375,7 @@ class Padded(nn.Conv2d):
 
 def test_what_a_layer_does_before_it_uses_its_weights_is_its_own() -> None:
     torch.manual_seed(0)
-    model = nn.Sequential(
-        Padded(3, 4, 3), nn.ReLU(), Padded(4, 4, 3), nn.Flatten(), nn.Linear(64, 2)
-    )
+    model = nn.Sequential(Padded(3, 4), nn.ReLU(), Padded(4, 4), nn.Flatten(), nn.Linear(64, 2))
     x = torch.randn(8, 3, 4, 4)
     freezer = FreezeOut(
         model, SGD(model.parameters(), 1e-3), None, schedule=Frozen(1), example_inputs=x
