@@ -211,7 +211,6 @@ def test_depths_in_turn_are_found_again_and_not_stored_again(tmp_path: Path) -> 
     assert found(files(tmp_path), 2) == found(files(tmp_path), 3) == [0, 1, 2, 3]
 
 
-@pytest.mark.filterwarnings("ignore:os.fork:RuntimeWarning")  # JAX's, if a test has imported it
 def test_a_fork_writes_files_of_its_own(tmp_path: Path) -> None:
     store = files(tmp_path)
     fill(store)
