@@ -52,6 +52,7 @@ def measure(name: str, config: TrainConfig, share: float, rounds: int) -> None:
         torch.autograd.backward(job.loss(net, inputs[number], data[number][1])[0])
         optimizer.step()
         optimizer.zero_grad()
+        freezer.step()
 
     images = [x for x, _ in data]
     for _ in range(2 * BATCHES):  # stored, then compared with the real forward pass

@@ -195,9 +195,12 @@ class Layer:
         return self._reaches_outside(tensors)
 
     def _reaches_outside(self, tensors: Iterable[Any]) -> bool:
+        leaves = list(leaves_of(tensors))
+        if not leaves:
+            return False
         whole = self.modules if self._within is None else (self._within,)
         own = {*self.parameters, *(p for module in whole for p in module.parameters())}
-        return any(leaf not in own for leaf in leaves_of(tensors))
+        return any(leaf not in own for leaf in leaves)
 
     def hand_over(self, modules: Collection[nn.Module], other: "Layer") -> None:
         """Give those of the modules that are in this layer to another one, which is not frozen."""
