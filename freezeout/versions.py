@@ -37,7 +37,8 @@ class Structure:
 @contextmanager
 def no_grad() -> Iterator[None]:
     """`torch.no_grad()` for passes within the user's autocast. There torch 2.7 keeps the weights
-    that it casts, and in the training pass that comes next they get no gradients."""
+    that it casts, also where the model enters autocast by itself once more, and in the training
+    pass that comes next they get no gradients."""
     cached = torch.is_autocast_cache_enabled()
     torch.set_autocast_cache_enabled(False)
     try:
@@ -45,6 +46,7 @@ def no_grad() -> Iterator[None]:
             yield
     finally:
         torch.set_autocast_cache_enabled(cached)
+        torch.clear_autocast_cache()
 
 
 def numbered_alike(handle: RemovableHandle, always_called: bool = False) -> RemovableHandle:
