@@ -207,7 +207,7 @@ class Activations:
         """Damaged unless all of them are still held at that depth: records may just have been
         dropped, because they are laid out in another way than this batch's."""
         if (self.store.depths(keys) != depth).any():
-            raise Damaged(keys.tolist())
+            raise Damaged
 
     def as_read(self, depth: int, batch: Batch, tensors: list[Tensor]) -> list[Tensor]:
         """What reading would give if these had been stored: rounded, padding empty."""

@@ -347,7 +347,7 @@ class FileStore(Store):
             whole[i] = _checksum(places[i].data, key, value, depth) == entries["crc"][i]
         if not whole.all():
             self.drop(keys[~whole])
-            raise Damaged(keys[~whole].tolist())
+            raise Damaged
         self._unread[keys] = False
 
     def clear(self) -> None:

@@ -125,7 +125,7 @@ class IndexedDataset(Dataset[Any]):
         delattr(self.dataset, name)
 
 
-def with_ids(loader: Loader, *, keep_sampler: bool = False, lenient: bool = False) -> Loader:
+def with_ids(loader: Loader, *, keep_sampler: bool = False) -> Loader:
     """A loader like this one, whose batches are pairs: the batch as before, and the numbers of
     its samples in `loader.dataset`. Samplers, workers and collate function are the same; the
     loader itself is left as it is.
@@ -136,14 +136,13 @@ def with_ids(loader: Loader, *, keep_sampler: bool = False, lenient: bool = Fals
 
     Args:
         keep_sampler: have them dealt out anew all the same.
-        lenient: as of `IndexedDataset`.
 
     Raises:
         InvalidType, InvalidValue: for what is no torch `DataLoader`, a data set as
             `IndexedDataset` refuses it, or a loader that makes no batches.
     """
-    copied = _copied(loader)
-    index_in_place(copied, keep_sampler=keep_sampler, lenient=lenient)
+    copied = copied_loader(loader)
+    index_in_place(copied, keep_sampler=keep_sampler)
     return cast(Loader, copied)
 
 
@@ -174,14 +173,14 @@ def index_in_place(
     return lambda: own.update(before)
 
 
-def _copied(loader: Any) -> Any:
-    """A shallow copy, of what is inside as well."""
+def copied_loader(loader: Any) -> Any:
+    """A shallow copy, of a loader inside as well."""
     if not hasattr(loader, "__dict__"):
         return loader
     copied = object.__new__(type(loader))
     vars(copied).update(vars(loader))
     if "base_dataloader" in vars(copied):
-        vars(copied)["base_dataloader"] = _copied(loader.base_dataloader)
+        vars(copied)["base_dataloader"] = copied_loader(loader.base_dataloader)
     return copied
 
 

@@ -341,18 +341,19 @@ def _plain(leaf: Any) -> Any:
     try:
         hash(leaf)
     except TypeError:
-        return type(leaf), _Itself(leaf)
+        return type(leaf), Itself(leaf)
     return type(leaf), leaf
 
 
-class _Itself:
-    """An object that equals itself alone; it is held, so that no other takes its address."""
+class Itself:
+    """An object as a key: it equals itself alone, and is held, so that no other takes its
+    address."""
 
     def __init__(self, value: Any) -> None:
         self.value = value
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Itself) and other.value is self.value
+        return isinstance(other, Itself) and other.value is self.value
 
     def __hash__(self) -> int:
         return id(self.value)

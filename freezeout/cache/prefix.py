@@ -378,13 +378,7 @@ class PrefixCache:
             try:
                 return self._visit(plan, batch, numbers, keys, inputs)
             except Damaged as damage:  # they are dropped now
-                self._tell(
-                    str(
-                        damage.__cause__
-                        or "some stored activations are damaged, or laid out in "
-                        "another way; they are computed anew"
-                    )
-                )
+                self._tell(str(damage))
 
     def _visit(self, plan: Plan, batch: Batch, numbers: Keys, keys: Keys, inputs: Any) -> Any:
         activations, depth = self._activations, plan.depth
@@ -429,8 +423,7 @@ class PrefixCache:
         except Unservable as refusal:
             if strangers:
                 store.distrust(strangers)
-                said = f"what another run has stored is left alone: {refusal}"
-                raise Damaged(keys.tolist()) from Unservable(said)
+                raise Damaged(f"what another run has stored is left alone: {refusal}") from refusal
             self._turn_off(str(refusal))
             return False
         self._verified.add(kind)

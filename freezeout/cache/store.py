@@ -32,7 +32,14 @@ ALIGNMENT = 64
 
 
 class Damaged(Exception):
-    """Records that are not what was written, and are dropped now; the keys are the argument."""
+    """Records that are not to be used, and are dropped now. Its text says why, for a user."""
+
+    def __init__(self, reason: str | None = None) -> None:
+        super().__init__(
+            reason
+            or "some stored activations are damaged, or laid out in another way; they are computed "
+            "anew"
+        )
 
 
 class Store:

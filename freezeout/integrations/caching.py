@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ..cache import Indexed, PrefixCache
-from ..cache.ids import index_in_place, with_ids
+from ..cache.ids import copied_loader, index_in_place
 from ..cache.inputs import thinned_sums
 from ..cache.plan import CallsOf
 from ..errors import CacheError, InvalidType, InvalidValue
@@ -81,31 +81,23 @@ class RunCache:
         """The cache of training."""
         return self._caches.get(TRAINING)
 
-    def number(self, loader: Any, name: Any = TRAINING) -> None:
+    def number(self, loader: Any, name: Any = TRAINING) -> bool:
         """Have a loader give pairs, until the run ends. What cannot be numbered stays as it is,
-        with a warning."""
-        if self._is_asked(name):
-            with self._refusing():
-                self.in_the_end(index_in_place(loader, lenient=True))
-                self._sizes[name] = len(loader.dataset)
+        with a warning. Returns whether it gives pairs."""
+        if name is not TRAINING and not self._evaluates:
+            return False
+        try:
+            self.in_the_end(index_in_place(loader, lenient=True))
+        except (InvalidType, InvalidValue) as error:
+            self.refuse(str(error))
+            return False
+        self._sizes[name] = len(loader.dataset)
+        return True
 
     def numbered(self, loader: Any, name: Any = TRAINING) -> Any:
         """A loader like this one that gives pairs; or this one, with a warning."""
-        if self._is_asked(name):
-            with self._refusing():
-                loader = with_ids(loader, lenient=True)
-                self._sizes[name] = len(loader.dataset)
-        return loader
-
-    def _is_asked(self, name: Any) -> bool:
-        return name is TRAINING or self._evaluates
-
-    @contextmanager
-    def _refusing(self) -> Iterator[None]:
-        try:
-            yield
-        except (InvalidType, InvalidValue) as error:
-            self.refuse(str(error))
+        copied = copied_loader(loader)
+        return copied if self.number(copied, name) else loader
 
     def take(self, batch: Any) -> tuple[Any, Tensor | None]:
         """The batch as the collate function made it, and its samples' numbers, if it has them."""

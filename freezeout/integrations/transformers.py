@@ -18,6 +18,7 @@ from transformers.trainer_callback import ExportableState
 from transformers.training_args import ParallelMode
 
 from ..cache import Indexed
+from ..cache.inputs import Itself
 from ..errors import CheckpointError, FreezeOutError, InvalidValue
 from ..freezer import thaw
 from ..parallel import check_ranks_agree
@@ -196,7 +197,7 @@ class FreezeOutTrainerCallback(Adapter, TrainerCallback, ExportableState):
                 return loader
             if eval_dataset is None or eval_dataset is trainer.eval_dataset:
                 eval_dataset = "evaluation"
-            name = eval_dataset if isinstance(eval_dataset, str) else _Itself(eval_dataset)
+            name = eval_dataset if isinstance(eval_dataset, str) else Itself(eval_dataset)
             self._caching.number(loader, name)
             return _Taken(loader, partial(self._evaluating, name))
 
@@ -257,19 +258,6 @@ class _Taken:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._loader, name)
-
-
-class _Itself:
-    """A data set, as the name of a set that is evaluated on."""
-
-    def __init__(self, dataset: Any) -> None:
-        self.dataset = dataset
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Itself) and other.dataset is self.dataset
-
-    def __hash__(self) -> int:
-        return id(self.dataset)
 
 
 def _released_in_the_end(train: Callable[..., Any]) -> Callable[..., Any]:
