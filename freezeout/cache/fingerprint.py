@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
 from ..layers import Layer
+from ..layers.scratch import equal
 
 
 def tensors_of(layer: Layer) -> list[Tensor]:
@@ -66,54 +67,56 @@ class Watch:
     """Whether the tensors of frozen layers are those that they were.
 
     A version counts changes in place, but for a norm's statistics (those of frozen ones do not
-    change) and for what is done through `.data`. A buffer may be another tensor after each pass.
+    change) and for what is done through `.data`. A buffer may be another tensor after each pass,
+    and before torch 2.13 DistributedDataParallel writes what they hold into all buffers in each.
     """
 
     def __init__(self, model: nn.Module, layers: Sequence[Layer]) -> None:
         self._model, self._layers = model, layers
+        self.forget()
+
+    def forget(self) -> None:
+        """What has been seen does not count any more."""
         self.frozen = 0  # layers, at the last look
-        self._tensors: list[Tensor] = []
-        # Each parameter, where in the model it stands, and its place in memory.
-        self._places: list[tuple[Mapping[str, Tensor | None], str, Tensor, int]] = []
-        self._versions = 0
-        self._freezes: list[int] = []  # how often each of the frozen layers has been frozen
+        self._freezes: list[int] = []  # how often each of them has been frozen
+        # Each parameter, where in the model it stands, its place in memory, its version.
+        self._places: list[tuple[Mapping[str, Tensor | None], str, Tensor, int, int]] = []
+        # Each buffer, what it held, and the version that did.
+        self._buffers: list[tuple[Tensor, Tensor, int]] = []
 
     def have_changed(self, frozen: int) -> bool:
         """Whether any has since the last look; `frozen`: how many layers are now. A layer that has
         been thawed and frozen again counts as changed: fused optimizers leave versions alone."""
         freezes = [layer.freezes for layer in self._layers[:frozen]]
-        again = freezes[: self.frozen] != self._freezes[:frozen]
         changed = (
-            again
-            or self._versions != self._sum()
+            freezes[: self.frozen] != self._freezes[:frozen]
             or any(
-                home.get(name) is not parameter or parameter.data_ptr() != place
-                for home, name, parameter, place in self._places
+                home.get(name) is not parameter
+                or parameter.data_ptr() != place
+                or _version(parameter) != version
+                for home, name, parameter, place, version in self._places
+            )
+            or any(
+                _version(buffer) != version and not equal(buffer, held)
+                for buffer, held, version in self._buffers
             )
         )
         if changed or frozen != self.frozen:
             self.frozen, self._freezes = frozen, freezes
-            layers = self._layers[:frozen]
-            self._tensors = [
-                tensor
-                for layer in layers
-                for tensor in tensors_of(layer)
-                if not tensor.is_inference()  # it has no version
-            ]
-            parameters = {parameter for layer in layers for parameter in layer.parameters}
+            tensors = {tensor for layer in self._layers[:frozen] for tensor in tensors_of(layer)}
             self._places = [
-                (module._parameters, name, parameter, parameter.data_ptr())
+                (module._parameters, name, parameter, parameter.data_ptr(), _version(parameter))
                 for module in self._model.modules()
                 for name, parameter in module._parameters.items()
-                if parameter is not None and parameter in parameters
+                if parameter is not None and parameter in tensors
             ]
-            self._versions = self._sum()
+            self._buffers = [
+                (tensor, tensor.detach().clone(), _version(tensor))
+                for tensor in tensors
+                if not isinstance(tensor, nn.Parameter)
+            ]
         return changed
 
-    def _sum(self) -> int:
-        return sum(tensor._version for tensor in self._tensors)
 
-    def forget(self) -> None:
-        """What has been seen does not count any more."""
-        self.frozen, self._tensors, self._places, self._versions = 0, [], [], 0
-        self._freezes = []
+def _version(tensor: Tensor) -> int:
+    return -1 if tensor.is_inference() else tensor._version  # those have none

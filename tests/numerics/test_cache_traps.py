@@ -390,6 +390,23 @@ def test_weights_that_are_exchanged_are_noticed(change: Callable[[nn.Module], No
     assert torch.equal(cache(x, ids=range(6)), model(x))
 
 
+def test_a_buffer_that_gets_what_it_held_has_not_changed() -> None:
+    """As DistributedDataParallel does in each pass, before torch 2.13."""
+    torch.manual_seed(0)
+    model, x = conv_net(), torch.randn(6, 3, 8, 8)
+    cache = PrefixCache(frozen(model, x), 6, budget=10**6, depths="all")
+    model.train()
+    for _ in range(3):
+        cache(x, ids=range(6))
+        for buffer in model.buffers():
+            buffer.copy_(buffer.clone())
+    assert cache.stats.hits == 12
+    assert cache.refusals == []
+    next(model.buffers()).add_(1)
+    with pytest.warns(UserWarning, match="weights of frozen layers were changed"):
+        assert torch.equal(cache(x, ids=range(6)), model(x))
+
+
 def test_what_is_done_behind_autograds_back_is_for_clear() -> None:
     torch.manual_seed(0)
     model, x = linear_net(), torch.randn(6, 5)
