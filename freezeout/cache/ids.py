@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, TypeVar, cast
 import torch
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, default_collate
+from torch.utils.data.dataloader import _BaseDataLoaderIter
 
 from ..errors import InvalidType, InvalidValue
 from .shards import fixed_shards
@@ -165,6 +166,12 @@ def index_in_place(
     if loader.batch_sampler is None and not isinstance(loader.sampler, BatchSampler):
         raise InvalidValue(_NO_BATCHES)
     own = vars(loader)  # the loader lets nobody set its data set
+    begun = (each for name, each in own.items() if name != "_iterator")
+    if any(isinstance(each, _BaseDataLoaderIter) for each in begun):
+        raise InvalidValue(
+            f"the {type(loader).__name__} has begun to draw its batches already: give it an "
+            "IndexedDataset, and its collate, when it is built"
+        )
     put = {"dataset": data, "collate_fn": data.collate, "_iterator": None}
     if shards is not None:
         put["batch_sampler"] = shards

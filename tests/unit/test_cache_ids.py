@@ -145,6 +145,25 @@ def test_who_looks_at_an_item_or_sets_an_attribute_finds_the_data_set() -> None:
     assert "file" not in vars(items)
 
 
+def test_a_loader_that_draws_from_an_iterator_of_its_own_is_refused() -> None:
+    """As timm's MultiEpochsDataLoader, which makes it once for all epochs: it would go on with what
+    has no numbers."""
+
+    class Once(DataLoader[Any]):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            self.iterator = super().__iter__()
+
+        def __iter__(self) -> Any:
+            return self.iterator
+
+    with pytest.raises(InvalidValue, match="the Once has begun to draw its batches already"):
+        with_ids(Once(Items("tensor"), batch_size=2))
+    data = IndexedDataset(Items("tensor"))
+    batch, ids = next(iter(Once(data, batch_size=2, collate_fn=data.collate)))
+    assert batch.tolist() == (10 * ids).tolist()
+
+
 def test_a_sampler_without_numbers_may_be_lived_with() -> None:
     class Keys(Items):
         def __getitem__(self, i: Any) -> Any:
